@@ -1,0 +1,54 @@
+# Every target creates what it needs: `make test` on a fresh clone makes the environment first.
+#
+#   PYTHON  interpreter the environment is made with (3.11 or newer)
+#   VENV    where the environment lives
+#
+# pip reads its usual settings. constraints.txt pins torch, but which build of it (CPU or CUDA) is decided by the
+# index pip is set up with; without one, Linux gets the CUDA build.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.innerq-installed
+
+# Two test processes with one thread each: more threads than that fight over cores inside torch.
+TEST_PROCESSES ?= 2
+TEST_THREADS ?= 1
+
+.PHONY: help venv demo test check format wheel clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+venv: $(STAMP) ## create the environment and install the project into it, editable
+
+# The stamp is ours alone, so an environment made by hand still gets the editable install.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP) ## run the demonstration
+	$(BIN)/innerq demo
+
+test: $(STAMP) ## run the tests (ARGS="-k name" passes options to pytest)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -P -m pytest -n $(TEST_PROCESSES) $(ARGS)
+
+check: $(STAMP) ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## apply the formatter and the safe lint fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(STAMP) ## build dist/*.whl
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --no-isolation
+	rm -rf build
+
+clean: ## remove everything the targets made
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find innerq_compile passes kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f $(STAMP)
