@@ -1,0 +1,106 @@
+"""The three ops that stand in a graph: schema, shape function and default implementation (the reference).
+
+Torch only. Kernels attach themselves to a device key of the same ops later; nothing here knows them.
+``innerq`` ops take a layer's buffers flat, in the order of :class:`~innerq_compile.layout.LayerState`, and the settings
+as the string :attr:`InnerQConfig.spec <innerq_compile.config.InnerQConfig.spec>`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from innerq_compile import reference
+from innerq_compile.config import InnerQConfig
+from innerq_compile.layout import SLOTS, LayerState
+
+NAMESPACE = "innerq"
+
+_BUFFERS = LayerState._fields
+_READ = ", ".join(f"Tensor {name}" for name in _BUFFERS)
+_MUTATED = ", ".join(f"Tensor({chr(ord('a') + i)}!) {name}" for i, name in enumerate(_BUFFERS))
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_library.define(f"append_kv(Tensor key, Tensor value, {_MUTATED}, SymInt capacity, str config) -> ()")
+_library.define(f"dequantize_kv({_READ}, SymInt capacity, str config) -> (Tensor, Tensor)")
+_library.define(
+    f"decode_attention(Tensor query, {_READ}, Tensor? attn_mask, float sm_scale, SymInt capacity, str config, "
+    "bool exact=False) -> Tensor"
+)
+
+
+def _append_kv(key: torch.Tensor, value: torch.Tensor, *args: object) -> None:
+    state, capacity, config = _split(args)
+    check_overflow(state, key.shape[2], capacity)
+    reference.append_kv(key, value, state, config)
+
+
+def _dequantize_kv(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
+    state, capacity, config = _split(args)
+    return reference.dequantize_kv(state, config, capacity)
+
+
+def _decode_attention(query: torch.Tensor, *args: object) -> torch.Tensor:
+    *buffers, attn_mask, sm_scale, capacity, spec = args[: len(_BUFFERS) + 4]
+    state = LayerState(*buffers)  # type: ignore[arg-type]
+    config = InnerQConfig.from_spec(spec)
+    return reference.decode_attention(query, state, attn_mask, sm_scale, config, capacity)  # type: ignore[arg-type]
+
+
+def _append_kv_fake(key: torch.Tensor, value: torch.Tensor, *args: object) -> None:
+    return None
+
+
+def _dequantize_kv_fake(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
+    state, capacity, _ = _split(args)
+    batch, heads, _, head_dim = state.k_window.shape
+    shape = (batch, heads, capacity, head_dim)
+    return state.k_window.new_empty(shape), state.v_window.new_empty(shape)
+
+
+def _decode_attention_fake(query: torch.Tensor, *args: object) -> torch.Tensor:
+    return query.new_empty(query.shape)
+
+
+def _split(args: tuple[object, ...]) -> tuple[LayerState, int, InnerQConfig]:
+    *buffers, capacity, spec = args
+    return LayerState(*buffers), capacity, InnerQConfig.from_spec(spec)  # type: ignore[arg-type,return-value]
+
+
+def check_overflow(state: LayerState, num_new: int, capacity: int) -> None:
+    """Refuses an append that does not fit, before anything is written.
+
+    On the CPU the length is there to be read. On an accelerator reading it would stall the decode loop, so there the
+    callers that know the length (a prefill, ``generate`` through a growing cache) check, and kernels drop what does
+    not fit.
+
+    Raises:
+        RuntimeError: Names the capacity and the option that raises it.
+    """
+    if state.counts.device.type != "cpu":
+        return
+    length = int(state.counts[:, SLOTS].max())
+    if length + num_new > capacity:
+        raise RuntimeError(
+            f"InnerQ cache is full: it holds {length} tokens, {num_new} more do not fit its capacity of {capacity}; "
+            f"build the cache with a larger max_cache_len"
+        )
+
+
+for _name, _impl, _fake in (
+    ("append_kv", _append_kv, _append_kv_fake),
+    ("dequantize_kv", _dequantize_kv, _dequantize_kv_fake),
+    ("decode_attention", _decode_attention, _decode_attention_fake),
+):
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+
+append_kv = torch.ops.innerq.append_kv.default
+"""``append_kv(key, value, *state, capacity, config) -> None``: see :func:`innerq_compile.reference.append_kv`."""
+
+dequantize_kv = torch.ops.innerq.dequantize_kv.default
+"""``dequantize_kv(*state, capacity, config) -> (keys, values)``: see :func:`innerq_compile.reference.dequantize_kv`."""
+
+decode_attention = torch.ops.innerq.decode_attention.default
+"""``decode_attention(query, *state, attn_mask, sm_scale, capacity, config, exact=False) -> out``: see
+:func:`innerq_compile.reference.decode_attention`. ``exact`` forbids a kernel to round queries and probabilities to
+integers; the reference never does."""

@@ -1,0 +1,183 @@
+"""The quantizer: groups to codes, scales and zeros, and codes to bytes. The one place to change a rounding.
+
+Everything is float32 and elementwise IEEE (no fused multiply-add), or a reduction whose order is fixed or does not
+matter, so that a kernel can reproduce every code and every scale bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from innerq_compile.config import BLOCK, TensorQuantSpec
+from innerq_compile.layout import PLANES
+
+FP16_MAX = 65504.0
+
+KEY_NORM_EPS = 2.0**-10
+"""Floor of a key norm: a channel that was silent in the first keys must not blow up the later ones."""
+
+
+class QuantizedGroups(NamedTuple):
+    """Codes uint8 [..., g], scales float16 [...], zeros float16 [...] or ``None`` where the mode stores none."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+
+def quantize_groups(x: torch.Tensor, spec: TensorQuantSpec) -> QuantizedGroups:
+    """Quantizes groups along the last axis.
+
+    Args:
+        x: [..., g], any float dtype. Numbers that are not finite count as 0, so that one of them cannot spoil the
+            other tokens of its group.
+        spec: Bits, mode and levels; ``g`` is taken from the shape.
+
+    Returns:
+        Codes against the *stored* (float16, saturated) scale and zero, rounded half to even.
+        A group whose stored scale is zero dequantizes to its exact constant: 0, or its zero.
+    """
+    x = x.float()
+    x = torch.where(torch.isfinite(x), x, 0.0)
+    if spec.mode == "symmetric":
+        return _quantize_symmetric(x, spec)
+    asymmetric = _quantize_asymmetric(x, spec)
+    if spec.mode == "asymmetric":
+        return asymmetric
+    return _pick_better(x, _quantize_symmetric(x, spec), asymmetric, spec)
+
+
+def dequantize_groups(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, spec: TensorQuantSpec
+) -> torch.Tensor:
+    """``x = s * (u - c0) + z`` (DESIGN section 3) for codes [..., g], scales and zeros [...]; float32 [..., g]."""
+    u = codes.float()
+    s = scales.float().unsqueeze(-1)
+    if spec.mode == "symmetric":
+        return s * (u - spec.symmetric_center)
+    assert zeros is not None
+    z = zeros.float().unsqueeze(-1)
+    if spec.mode == "asymmetric":
+        return s * u + z
+    center = torch.where(torch.signbit(s), 0.0, spec.symmetric_center)
+    return s.abs() * (u - center) + z
+
+
+def _quantize_symmetric(x: torch.Tensor, spec: TensorQuantSpec) -> QuantizedGroups:
+    scales = _to_fp16(x.abs().amax(-1) / spec.symmetric_span)
+    codes = _round_to_codes(_safe_divide(x, scales) + spec.symmetric_center, spec.symmetric_max_code)
+    return QuantizedGroups(codes, scales, None)
+
+
+def _quantize_asymmetric(x: torch.Tensor, spec: TensorQuantSpec) -> QuantizedGroups:
+    low, high = x.amin(-1), x.amax(-1)
+    zeros = _to_fp16(low)
+    scales = _to_fp16((high - low) / spec.asymmetric_max_code)
+    codes = _round_to_codes(_safe_divide(x - zeros.float().unsqueeze(-1), scales), spec.asymmetric_max_code)
+    return QuantizedGroups(codes, scales, zeros)
+
+
+def _pick_better(
+    x: torch.Tensor, symmetric: QuantizedGroups, asymmetric: QuantizedGroups, spec: TensorQuantSpec
+) -> QuantizedGroups:
+    """Per group the arm with the smaller summed absolute error; a tie goes asymmetric, as published.
+
+    The choice is written into the sign bit of the scale: set means asymmetric (also for a scale of -0.0).
+    """
+    assert asymmetric.zeros is not None
+    zeros = asymmetric.zeros
+    s_sym, s_asym = symmetric.scales.float().unsqueeze(-1), asymmetric.scales.float().unsqueeze(-1)
+    x_sym = s_sym * (symmetric.codes.float() - spec.symmetric_center)
+    x_asym = s_asym * asymmetric.codes.float() + zeros.float().unsqueeze(-1)
+    use_symmetric = _tree_sum((x - x_sym).abs()) < _tree_sum((x - x_asym).abs())
+    return QuantizedGroups(
+        codes=torch.where(use_symmetric.unsqueeze(-1), symmetric.codes, asymmetric.codes),
+        scales=torch.where(use_symmetric, symmetric.scales, -asymmetric.scales),
+        zeros=torch.where(use_symmetric, torch.zeros_like(zeros), zeros),
+    )
+
+
+def _tree_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sum over the last axis (a power of two) by halving: a fixed order that vector code and Triton can follow."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x.squeeze(-1)
+
+
+def _to_fp16(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(-FP16_MAX, FP16_MAX).half()
+
+
+def _safe_divide(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """x / s, and 0 for every member of a group whose stored scale is zero."""
+    s = scales.float().unsqueeze(-1)
+    return torch.where(s > 0, x / torch.where(s > 0, s, 1.0), 0.0)
+
+
+def _round_to_codes(u: torch.Tensor, max_code: int) -> torch.Tensor:
+    return u.clamp(0, max_code).round().to(torch.uint8)
+
+
+def channel_norm(keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Per-channel key norm ``n = sqrt(max over tokens |K|)`` (InnerQ section 4, key normalization).
+
+    Args:
+        keys: [B, H, T, D] post-RoPE keys.
+        valid: bool [B, T], tokens that count. Numbers that are not finite never count.
+
+    Returns:
+        float32 [B, H, D], floored at :data:`KEY_NORM_EPS`.
+    """
+    magnitude = keys.float().abs()
+    counted = valid[:, None, :, None] & torch.isfinite(magnitude)
+    return torch.where(counted, magnitude, 0.0).amax(2).sqrt().clamp(min=KEY_NORM_EPS)
+
+
+def pack_tiles(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Packs uint8 codes [..., 32 outer, 32 inner] into bytes [..., 128 * bits]; the map stands in ``layout``."""
+    planes, shift = [], 0
+    for width in PLANES[bits]:
+        fields = _to_fields((codes >> shift) & (2**width - 1), width)
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)
+        planes.append((fields << shifts).sum(-1, dtype=torch.uint8))
+        shift += width
+    return torch.cat(planes, -1)
+
+
+def unpack_tiles(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of :func:`pack_tiles`: bytes [..., 128 * bits] to uint8 codes [..., 32 outer, 32 inner]."""
+    codes = torch.zeros((*packed.shape[:-1], BLOCK, BLOCK), dtype=torch.uint8, device=packed.device)
+    offset, shift = 0, 0
+    for width in PLANES[bits]:
+        size = BLOCK * BLOCK * width // 8
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+        fields = (packed[..., offset : offset + size].unsqueeze(-1) >> shifts) & (2**width - 1)
+        codes |= _from_fields(fields, width) << shift
+        offset, shift = offset + size, shift + width
+    return codes
+
+
+def _field_split(width: int) -> tuple[int, int]:
+    outer = min(8 // width, 2)
+    return outer, 8 // width // outer
+
+
+def _to_fields(codes: torch.Tensor, width: int) -> torch.Tensor:
+    """[..., 32, 32] to [..., bytes, fields of a byte] of a plane of this width."""
+    lead = codes.shape[:-2]
+    fo, fi = _field_split(width)
+    # outer = (half: field part, half: byte part, 16); inner = (part: field, quad: byte, 4)
+    split = codes.reshape(*lead, fo, 2 // fo, 16, fi, 8 // fi, 4)
+    order = (4, 1, 2, 5, 3, 0)  # bytes: quad, half, outer % 16, inner % 4; fields: inner part, half
+    return split.permute(*range(len(lead)), *(len(lead) + i for i in order)).reshape(*lead, -1, fo * fi)
+
+
+def _from_fields(fields: torch.Tensor, width: int) -> torch.Tensor:
+    lead = fields.shape[:-2]
+    fo, fi = _field_split(width)
+    split = fields.reshape(*lead, 8 // fi, 2 // fo, 16, 4, fi, fo)
+    order = (5, 1, 2, 4, 0, 3)
+    return split.permute(*range(len(lead)), *(len(lead) + i for i in order)).reshape(*lead, BLOCK, BLOCK)
