@@ -86,13 +86,18 @@ def check_overflow(state: LayerState, num_new: int, capacity: int) -> None:
         )
 
 
-for _name, _impl, _fake in (
-    ("append_kv", _append_kv, _append_kv_fake),
-    ("dequantize_kv", _dequantize_kv, _dequantize_kv_fake),
-    ("decode_attention", _decode_attention, _decode_attention_fake),
-):
+DEFAULTS = {"append_kv": _append_kv, "dequantize_kv": _dequantize_kv, "decode_attention": _decode_attention}
+"""Op -> default implementation: what a kernel calls for a cache that it does not serve."""
+
+_FAKES = {
+    "append_kv": _append_kv_fake,
+    "dequantize_kv": _dequantize_kv_fake,
+    "decode_attention": _decode_attention_fake,
+}
+
+for _name, _impl in DEFAULTS.items():
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _FAKES[_name], lib=_library)
 
 append_kv = torch.ops.innerq.append_kv.default
 """``append_kv(key, value, *state, capacity, config) -> None``: see :func:`innerq_compile.reference.append_kv`."""
