@@ -1,0 +1,31 @@
+"""Replaces dequantize-then-attend by one ``innerq::decode_attention`` that reads the packed codes."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from innerq_compile import ops
+from innerq_compile.passes.match import DecodeSite
+
+
+def fuse_decode(graph: fx.Graph, site: DecodeSite, *, exact: bool) -> fx.Node:
+    """Rewrites one site in place and erases what it leaves dead.
+
+    The fused op stands where the attention stood, so it reads the cache after everything that the attention was to see.
+
+    Args:
+        exact: Forbids a kernel to round queries and probabilities to integers.
+
+    Returns:
+        The fused node, with the attention's users and metadata.
+    """
+    with graph.inserting_before(site.attention):
+        fused = graph.call_function(
+            ops.decode_attention,
+            (site.query, *site.state, site.mask, site.sm_scale, site.capacity, site.spec, exact),
+        )
+    fused.meta = dict(site.attention.meta)
+    site.attention.replace_all_uses_with(fused)
+    for node in (site.attention, *reversed(site.views), site.dequantize):
+        graph.erase_node(node)
+    return fused
