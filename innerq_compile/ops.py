@@ -7,6 +7,9 @@ as the string :attr:`InnerQConfig.spec <innerq_compile.config.InnerQConfig.spec>
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from innerq_compile import reference
@@ -86,7 +89,11 @@ def check_overflow(state: LayerState, num_new: int, capacity: int) -> None:
         )
 
 
-DEFAULTS = {"append_kv": _append_kv, "dequantize_kv": _dequantize_kv, "decode_attention": _decode_attention}
+DEFAULTS: dict[str, Callable[..., Any]] = {
+    "append_kv": _append_kv,
+    "dequantize_kv": _dequantize_kv,
+    "decode_attention": _decode_attention,
+}
 """Op -> default implementation: what a kernel calls for a cache that it does not serve."""
 
 _FAKES = {

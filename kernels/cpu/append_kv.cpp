@@ -1,0 +1,359 @@
+// append_kv and dequantize_kv: tokens into windows, windows into packed blocks, everything back into plain tensors.
+//
+// Built without floating-point contraction: every code, scale, zero and norm equals the reference's bit for bit
+// (innerq_compile/quant.py is the definition). A group's 32 numbers run over `inner`, vector lanes over `outer`.
+
+#include <cmath>
+
+#include "cache.h"
+
+namespace innerq {
+namespace {
+
+constexpr float FP16_MAX = 65504.0f;
+constexpr float KEY_NORM_EPS = 0x1p-10f;
+
+INNERQ_INLINE Floats keep_finite(Floats x) { return (Ints)abs(x) < 0x7f800000 ? x : Floats{}; }
+
+INNERQ_INLINE HalfWords to_stored(Floats x) {
+    return to_half(min(max(x, broadcast(-FP16_MAX)), broadcast(FP16_MAX)));
+}
+
+INNERQ_INLINE Floats from_stored(HalfWords h) {
+    Half bits[LANES];
+    store(bits, h);
+    return load_floats(bits);
+}
+
+// Codes and stored parameters of LANES groups: x[i] is the i-th number of each.
+struct Quantized {
+    Words codes[BLOCK];
+    HalfWords scale, zero;
+};
+
+// u = round(clamp(x / s + shift, 0, max_code)), with x / s = 0 where the stored scale is zero.
+INNERQ_INLINE void to_codes(const Floats* x, Floats offset, Floats s, float shift, float max_code, Words* codes) {
+    Ints usable = s > 0;
+    Floats divisor = usable ? s : broadcast(1.0f);
+    for (int i = 0; i < BLOCK; i++) {
+        Floats u = (usable ? (x[i] - offset) / divisor : Floats{}) + shift;
+        codes[i] = (Words)round_to_ints(min(max(u, Floats{}), broadcast(max_code)));
+    }
+}
+
+INNERQ_INLINE void quantize_symmetric(const Floats* x, const TensorSpec& spec, Quantized& q) {
+    Floats largest = {};
+    for (int i = 0; i < BLOCK; i++) largest = max(largest, abs(x[i]));
+    q.scale = to_stored(largest / spec.symmetric_span);
+    q.zero = HalfWords{};
+    to_codes(x, Floats{}, from_stored(q.scale), spec.symmetric_center, (float)spec.symmetric_max_code, q.codes);
+}
+
+INNERQ_INLINE void quantize_asymmetric(const Floats* x, const TensorSpec& spec, Quantized& q) {
+    Floats low = x[0], high = x[0];
+    for (int i = 1; i < BLOCK; i++) {
+        low = min(x[i], low);
+        high = max(x[i], high);
+    }
+    q.zero = to_stored(low);
+    q.scale = to_stored((high - low) / (float)spec.asymmetric_max_code);
+    to_codes(x, from_stored(q.zero), from_stored(q.scale), 0, (float)spec.asymmetric_max_code, q.codes);
+}
+
+// Summed |x - dequantized x|, added up by halving the group, as the reference does.
+INNERQ_INLINE Floats summed_error(const Floats* x, const Quantized& q, float center) {
+    Floats s = from_stored(q.scale), z = from_stored(q.zero), error[BLOCK];
+    for (int i = 0; i < BLOCK; i++) error[i] = abs(x[i] - (s * (to_floats((Ints)q.codes[i]) - center) + z));
+    for (int half = BLOCK / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; i++) error[i] = error[i] + error[i + half];
+    }
+    return error[0];
+}
+
+INNERQ_INLINE void quantize_hybrid(const Floats* x, const TensorSpec& spec, Quantized& q) {
+    Quantized symmetric;
+    quantize_symmetric(x, spec, symmetric);
+    quantize_asymmetric(x, spec, q);
+    Ints wide = summed_error(x, symmetric, spec.symmetric_center) < summed_error(x, q, 0);
+    auto narrow = __builtin_convertvector((Words)wide, HalfWords);
+    for (int i = 0; i < BLOCK; i++) q.codes[i] = wide ? symmetric.codes[i] : q.codes[i];
+    q.scale = (symmetric.scale & narrow) | ((q.scale ^ 0x8000) & ~narrow);
+    q.zero &= ~narrow;
+}
+
+// Writes one sub-column of a tile: units[half][quad] holds four codes per lane (the byte map stands in layout.py).
+INNERQ_INLINE void pack(const Words (*units)[8], int bits, uint8_t* p) {
+    if (bits == 8) {
+        for (int quad = 0; quad < 8; quad++) {
+            for (int half = 0; half < 2; half++) store(p + 64 * (2 * quad + half), units[half][quad]);
+        }
+    } else if (bits == 4) {
+        for (int quad = 0; quad < 8; quad++) store(p + 64 * quad, units[0][quad] | units[1][quad] << 4);
+    } else {
+        for (int row = 0; row < 4; row++) {
+            Words low = {};
+            for (int field = 0; field < 4; field++) {
+                low |= (units[field % 2][row + field / 2 * 4] & 0x03030303u) << (2 * field);
+            }
+            store(p + 64 * row, low);
+        }
+        for (int row = 0; row < 2 && bits == 3; row++) {
+            Words high = {};
+            for (int field = 0; field < 8; field++) {
+                high |= ((units[field % 2][row + field / 2 * 2] >> 2) & 0x01010101u) << field;
+            }
+            store(p + 256 + 64 * row, high);
+        }
+    }
+}
+
+// Quantizes and packs x[inner][outer], 32 x 32 finite numbers: 128 * bits bytes, 32 scales, 32 zeros or none.
+void quantize_tile(const float (*x)[BLOCK], const TensorSpec& spec, uint8_t* tile, Half* scales, Half* zeros) {
+    for (int sub = 0; sub < SUBS; sub++) {
+        Words units[2][8];
+        for (int half = 0; half < 2; half++) {
+            int outer = half * 16 + sub * LANES;
+            Floats column[BLOCK];
+            for (int i = 0; i < BLOCK; i++) column[i] = load_floats(&x[i][outer]);
+            Quantized q;
+            if (spec.mode == SYMMETRIC) quantize_symmetric(column, spec, q);
+            if (spec.mode == ASYMMETRIC) quantize_asymmetric(column, spec, q);
+            if (spec.mode == HYBRID) quantize_hybrid(column, spec, q);
+            store(scales + outer, q.scale);
+            if (zeros) store(zeros + outer, q.zero);
+            for (int quad = 0; quad < 8; quad++) {
+                const Words* c = q.codes + 4 * quad;
+                units[half][quad] = c[0] | c[1] << 8 | c[2] << 16 | c[3] << 24;
+            }
+        }
+        pack(units, spec.bits, tile + sub * VB);
+    }
+}
+
+// New tokens of one tensor, [B, H, M, D] with the last axis contiguous; strides in elements.
+template <class T> struct NewTokens {
+    const T* data;
+    int64_t stride_b, stride_h, stride_m;
+    const T* at(int64_t b, int64_t h, int64_t m) const { return data + b * stride_b + h * stride_h + m * stride_m; }
+};
+
+template <class T> struct Append {
+    const Geometry& g;
+    const Buffers& buffers;
+    NewTokens<T> tokens[2];
+    int64_t num_new;
+
+    int64_t num_flushes(const Row& row) const {
+        int64_t held = std::max<int64_t>(row.slots + num_new - row.pads, 0);
+        return std::max<int64_t>(held - g.sink - row.quantized - g.recent, 0) / g.flush;
+    }
+
+    // Blocks of a row that really leave: the new tokens bound them, and so does the buffer.
+    int64_t leaving_blocks(const Row& row) const {
+        int64_t most = (num_new + g.flush - 1) / g.flush;
+        int64_t blocks = std::min(num_flushes(row), most) * g.flush / BLOCK;
+        return std::max<int64_t>(std::min(blocks, g.blocks - row.quantized / BLOCK), 0);
+    }
+
+    T* window(int side, int64_t b, int64_t h) const {
+        void* data = side ? buffers.v_window : buffers.k_window;
+        return static_cast<T*>(data) + (b * g.heads + h) * (g.sink + g.recent + g.flush) * g.head_dim;
+    }
+
+    // A token that leaves the window: from the window where it already lies there, else from the new ones.
+    const T* leaving(int side, const Row& row, int64_t b, int64_t h, int64_t token) const {
+        if (token < row.held) return window(side, b, h) + window_slot(g, token) * g.head_dim;
+        return tokens[side].at(b, h, token + row.pads - row.slots);
+    }
+
+    // n = max(sqrt(max over tokens |K|), eps), from the first blocks that leave.
+    void fix_norm(int64_t b, int64_t h) const {
+        Row row(buffers, b);
+        int64_t count = leaving_blocks(row) * BLOCK;
+        if (row.quantized != 0 || count == 0) return;
+        float* norm = buffers.key_norm + (b * g.heads + h) * g.head_dim;
+        std::fill(norm, norm + g.head_dim, 0.0f);
+        for (int64_t i = 0; i < count; i++) {
+            const T* key = leaving(0, row, b, h, g.sink + i);
+            for (int64_t d = 0; d < g.head_dim; d += LANES) {
+                store(norm + d, max(load_floats(norm + d), keep_finite(abs(load_floats(key + d)))));
+            }
+        }
+        for (int64_t d = 0; d < g.head_dim; d++) norm[d] = std::max(std::sqrt(norm[d]), KEY_NORM_EPS);
+    }
+
+    void quantize_keys(const Row& row, int64_t b, int64_t h, int64_t index) const {
+        int64_t head = b * g.heads + h, first = g.sink + row.quantized + index * BLOCK;
+        BlockPointers p = block_pointers(g, buffers, 0, head, row.quantized / BLOCK + index);
+        const float* norm = buffers.key_norm + head * g.head_dim;
+        for (int64_t tile = 0; tile < g.head_dim / BLOCK; tile++) {
+            alignas(VB) float x[BLOCK][BLOCK];
+            for (int t = 0; t < BLOCK; t++) {
+                const T* key = leaving(0, row, b, h, first + t) + tile * BLOCK;
+                for (int c = 0; c < BLOCK; c += LANES) {
+                    Floats k = load_floats(key + c);
+                    if (g.runtime_norm) k = k / load_floats(norm + tile * BLOCK + c);
+                    k = keep_finite(k);
+                    for (int i = 0; i < LANES; i++) x[c + i][t] = k[i];
+                }
+            }
+            quantize_tile(x, g.key, p.codes + tile * 128 * g.key.bits, p.scales + tile * BLOCK,
+                          p.zeros ? p.zeros + tile * BLOCK : nullptr);
+        }
+    }
+
+    void quantize_values(const Row& row, int64_t b, int64_t h, int64_t index) const {
+        int64_t head = b * g.heads + h, first = g.sink + row.quantized + index * BLOCK;
+        BlockPointers p = block_pointers(g, buffers, 1, head, row.quantized / BLOCK + index);
+        for (int64_t tile = 0; tile < g.head_dim / BLOCK; tile++) {
+            alignas(VB) float x[BLOCK][BLOCK];
+            for (int t = 0; t < BLOCK; t++) {
+                const T* value = leaving(1, row, b, h, first + t) + tile * BLOCK;
+                for (int c = 0; c < BLOCK; c += LANES) store(&x[t][c], keep_finite(load_floats(value + c)));
+            }
+            quantize_tile(x, g.value, p.codes + tile * 128 * g.value.bits, p.scales + tile * BLOCK,
+                          p.zeros ? p.zeros + tile * BLOCK : nullptr);
+        }
+    }
+
+    // Every window slot takes the newest new token that belongs there.
+    void write_windows(int64_t b, int64_t h) const {
+        Row row(buffers, b);
+        int64_t held = std::max<int64_t>(row.slots + num_new - row.pads, 0);
+        int64_t ring_first = std::max(held - (g.recent + g.flush), g.sink);
+        for (int side = 0; side < 2; side++) {
+            T* slots = window(side, b, h);
+            for (int64_t token = row.held; token < held; token++) {
+                if (token >= g.sink && token < ring_first) {
+                    token = ring_first - 1;
+                    continue;
+                }
+                std::memcpy(slots + window_slot(g, token) * g.head_dim,
+                            tokens[side].at(b, h, token + row.pads - row.slots), g.head_dim * sizeof(T));
+            }
+        }
+    }
+
+    void run(int64_t threads) const {
+        int64_t most_blocks = 0, heads = g.batch * g.heads;
+        bool first = false;
+        for (int64_t b = 0; b < g.batch; b++) {
+            Row row(buffers, b);
+            int64_t blocks = leaving_blocks(row);
+            most_blocks = std::max(most_blocks, blocks);
+            first |= row.quantized == 0 && blocks > 0;
+        }
+        if (first && g.runtime_norm) {
+            parallel_for(threads, heads, [&](int64_t i) { fix_norm(i / g.heads, i % g.heads); });
+        }
+        if (most_blocks > 0) {
+            parallel_for(threads, heads * most_blocks, [&](int64_t i) {
+                int64_t head = i / most_blocks, b = head / g.heads, h = head % g.heads, index = i % most_blocks;
+                Row row(buffers, b);
+                if (index >= leaving_blocks(row)) return;
+                quantize_keys(row, b, h, index);
+                quantize_values(row, b, h, index);
+            });
+        }
+        // A decode step copies a few hundred bytes per head: less work than waking a thread.
+        parallel_for(num_new < BLOCK ? 1 : threads, heads, [&](int64_t i) { write_windows(i / g.heads, i % g.heads); });
+        for (int64_t b = 0; b < g.batch; b++) {
+            Row row(buffers, b);
+            buffers.counts[3 * b + 1] += num_flushes(row) * g.flush;
+            buffers.counts[3 * b] += num_new;
+        }
+    }
+};
+
+// Keys and values [B, H, capacity, D] of one head; slots without a token are 0.
+template <class T> struct Dequantize {
+    const Geometry& g;
+    const Buffers& buffers;
+    T* out[2];
+    int64_t capacity;
+
+    T* slot(int side, int64_t head, int64_t index) const {
+        return out[side] + (head * capacity + index) * g.head_dim;
+    }
+
+    void block(int side, int64_t head, int64_t index, int64_t first_slot) const {
+        const TensorSpec& spec = side ? g.value : g.key;
+        BlockPointers p = block_pointers(g, buffers, side, head, index);
+        int64_t count = std::min<int64_t>(BLOCK, capacity - first_slot);
+        const float* norm = buffers.key_norm + head * g.head_dim;
+        for (int64_t tile = 0; tile < g.head_dim / BLOCK; tile++) {
+            alignas(VB) float x[BLOCK][BLOCK], row[BLOCK];
+            dequantize_tile_for(spec)(spec, p.codes + tile * 128 * spec.bits, p.scales + tile * BLOCK,
+                                      p.zeros ? p.zeros + tile * BLOCK : nullptr, x);
+            for (int t = 0; t < count; t++) {
+                for (int c = 0; c < BLOCK && !side; c++) row[c] = x[c][t] * norm[tile * BLOCK + c];
+                T* to = slot(side, head, first_slot + t) + tile * BLOCK;
+                for (int c = 0; c < BLOCK; c += LANES) store_floats(to + c, load_floats(side ? &x[t][c] : row + c));
+            }
+        }
+    }
+
+    void head(int side, int64_t head) const {
+        Row row(buffers, head / g.heads);
+        int64_t window_size = g.sink + g.recent + g.flush, size = g.head_dim * (int64_t)sizeof(T);
+        const char* window = (const char*)(side ? buffers.v_window : buffers.k_window) + head * window_size * size;
+        int64_t end = std::min(std::max(row.slots, row.pads), capacity), begin = std::min(row.pads, end);
+        int64_t packed = std::min(row.quantized, g.blocks * BLOCK);
+        std::memset(slot(side, head, 0), 0, begin * size);
+        std::memset(slot(side, head, end), 0, (capacity - end) * size);
+        for (int64_t s = begin; s < end;) {
+            int64_t middle = s - row.pads - g.sink;
+            if (middle >= 0 && middle < packed) {
+                block(side, head, middle / BLOCK, s);
+                s += BLOCK;
+            } else {
+                std::memcpy(slot(side, head, s), window + window_slot(g, s - row.pads) * size, size);
+                s++;
+            }
+        }
+    }
+
+    void run(int64_t threads) const {
+        parallel_for(threads, 2 * g.batch * g.heads, [&](int64_t i) { head(i % 2, i / 2); });
+    }
+};
+
+template <class T>
+void append(const Geometry& g, const Buffers& b, const void* key, const void* value, const int64_t* strides,
+            int64_t num_new, int64_t threads) {
+    Append<T>{g,
+              b,
+              {{static_cast<const T*>(key), strides[0], strides[1], strides[2]},
+               {static_cast<const T*>(value), strides[3], strides[4], strides[5]}},
+              num_new}
+        .run(threads);
+}
+
+}  // namespace
+}  // namespace innerq
+
+using namespace innerq;
+
+extern "C" {
+
+INNERQ_EXPORT void innerq_set_omp_parallel(OmpParallel function) { omp_parallel = function; }
+
+// Appends [B, H, num_new, D] keys and values. Returns 1, with nothing written, when a row would exceed `capacity`.
+INNERQ_EXPORT int innerq_append_kv(const Geometry* g, const Buffers* b, const void* key, const void* value, const int64_t* strides,
+                     int64_t num_new, int64_t capacity, int64_t threads) {
+    for (int64_t row = 0; row < g->batch; row++) {
+        if (b->counts[3 * row] + num_new > capacity) return 1;
+    }
+    auto append_typed = g->dtype == FLOAT32 ? append<float> : g->dtype == BFLOAT16 ? append<BFloat> : append<Half>;
+    append_typed(*g, *b, key, value, strides, num_new, threads);
+    return 0;
+}
+
+// Writes contiguous [B, H, capacity, D] keys and values in the windows' dtype.
+INNERQ_EXPORT void innerq_dequantize_kv(const Geometry* g, const Buffers* b, void* keys, void* values, int64_t capacity,
+                          int64_t threads) {
+    if (g->dtype == FLOAT32) Dequantize<float>{*g, *b, {(float*)keys, (float*)values}, capacity}.run(threads);
+    if (g->dtype == BFLOAT16) Dequantize<BFloat>{*g, *b, {(BFloat*)keys, (BFloat*)values}, capacity}.run(threads);
+    if (g->dtype == FLOAT16) Dequantize<Half>{*g, *b, {(Half*)keys, (Half*)values}, capacity}.run(threads);
+}
+}

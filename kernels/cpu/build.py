@@ -1,0 +1,159 @@
+"""Builds the C++ kernels with the user's compiler on first use and keeps the library in a cache folder.
+
+Plain C++ without a torch header, so that the build takes seconds. Nothing here runs at import.
+
+Environment:
+    CXX: compiler to use; otherwise the first of g++, clang++, c++ that is installed.
+    INNERQ_CACHE_DIR: where libraries are kept (default: ``$XDG_CACHE_HOME/innerq`` or ``~/.cache/innerq``).
+    INNERQ_CPU_ISA: ``native`` (default), or a lower path of :data:`ISA_FLAGS`, for tests and comparisons.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+SOURCE_DIR = Path(__file__).resolve().parent
+
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
+
+SOURCES = {"append_kv.cpp": "off", "decode_attention.cpp": "fast"}
+"""Source file -> ``-ffp-contract``: codes must be bit-exact, so the quantizer may not fuse a product into a sum."""
+
+NATIVE = ("-mcpu=native",) if platform.machine().lower() in ("arm64", "aarch64") else ("-march=native",)
+
+ISA_FLAGS: dict[str, tuple[str, ...]] = {
+    "native": NATIVE,
+    "avxvnni": ("-march=x86-64-v3", "-mavxvnni"),
+    "avx2": ("-march=x86-64-v3",),
+    "plain": ("-DINNERQ_PLAIN",),
+}
+"""Name of an instruction set path -> compiler flags. The sources choose by the macros that these flags set."""
+
+
+class BuildError(RuntimeError):
+    """The kernels cannot be built here; the message says why."""
+
+
+def load(isa: str | None = None, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The kernels for an instruction set path, built unless the cache has them, tied to torch's own OpenMP runtime.
+
+    Raises:
+        BuildError: No compiler, a failed build, or a library that does not load.
+    """
+    isa = isa or os.environ.get("INNERQ_CPU_ISA", "native")
+    if isa not in ISA_FLAGS:
+        raise BuildError(f"INNERQ_CPU_ISA must be one of {', '.join(ISA_FLAGS)}, got {isa!r}")
+    return _load(isa, extra_flags)
+
+
+@functools.cache
+def _load(isa: str, extra_flags: tuple[str, ...]) -> ctypes.CDLL:
+    compiler = find_compiler()
+    flags = (*FLAGS, *ISA_FLAGS[isa], *extra_flags)
+    path = cache_dir() / f"innerq_cpu_{_fingerprint(compiler, flags)}.so"
+    try:
+        if not path.exists():
+            _build(compiler, flags, path)
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"the kernel library cannot be stored or loaded: {error}") from error
+    library.innerq_set_omp_parallel(_torch_omp_parallel())
+    return library
+
+
+def find_compiler() -> tuple[str, ...]:
+    """The compiler as a command: ``CXX`` if set, else the first one installed.
+
+    Raises:
+        BuildError: There is none.
+    """
+    chosen = os.environ.get("CXX")
+    if chosen:
+        command = tuple(shlex.split(chosen))
+        if not command or not shutil.which(command[0]):
+            raise BuildError(f"the compiler that CXX names is not installed: {chosen!r}")
+        return command
+    for name in ("g++", "clang++", "c++"):
+        if shutil.which(name):
+            return (name,)
+    raise BuildError("no C++ compiler is installed (looked for g++, clang++, c++; CXX names another)")
+
+
+def cache_dir() -> Path:
+    """Folder of the built libraries (see the module's docstring)."""
+    chosen = os.environ.get("INNERQ_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "innerq"
+
+
+def _fingerprint(compiler: tuple[str, ...], flags: tuple[str, ...]) -> str:
+    """Hash of everything that decides the library's content: sources, flags, compiler version and the CPU's name."""
+    digest = hashlib.sha256()
+    for path in sorted([*SOURCE_DIR.glob("*.cpp"), *SOURCE_DIR.glob("*.h")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    digest.update(repr((compiler, flags, sorted(SOURCES.items()))).encode())
+    digest.update(_run((*compiler, "--version")).encode())
+    # What "native" means: a cache on a shared disk may serve several machines.
+    native = _run((*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull))
+    digest.update(native.encode())
+    return digest.hexdigest()[:16]
+
+
+def _build(compiler: tuple[str, ...], flags: tuple[str, ...], path: Path) -> None:
+    """Compiles the sources side by side, links, and renames into place, so concurrent builders do not meet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+
+        def compile_one(item: tuple[str, str]) -> str:
+            name, contract = item
+            target = f"{folder}/{name}.o"
+            _run((*compiler, *flags, f"-ffp-contract={contract}", "-c", str(SOURCE_DIR / name), "-o", target))
+            return target
+
+        with ThreadPoolExecutor() as pool:
+            objects = list(pool.map(compile_one, SOURCES.items()))
+        library = f"{folder}/{path.name}"
+        _run((*compiler, *flags, "-shared", *objects, "-o", library))
+        os.replace(library, path)
+
+
+def _run(command: tuple[str, ...]) -> str:
+    """Output of a compiler call.
+
+    Raises:
+        BuildError: With the first line of the complaint that names an error.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"{command[0]} cannot be run: {error}") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise BuildError(f"{command[0]} failed: {next((line for line in lines if 'error' in line), lines[-1])}")
+    return done.stdout
+
+
+def _torch_omp_parallel() -> ctypes.c_void_p:
+    """Entry of the OpenMP runtime that torch has loaded, looked up through torch's own library.
+
+    Linking one of our own could bring a second runtime, with a second set of threads, into the process.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p)
+    except (OSError, AttributeError):
+        return ctypes.c_void_p(None)

@@ -1,0 +1,411 @@
+// decode_attention: softmax(sm_scale * q K^T + mask) V of the last M tokens over windows and packed blocks.
+//
+// The R = M * Hq / H query rows of a key-value head share every unpacking. A head's blocks are cut into splits, each
+// an online softmax over chunks of CHUNK tokens; the windows are one more split, in float. Packed blocks: queries
+// (times key norm and sm_scale) are rounded to signed bytes per 32 channels, probabilities to 7 bits per 32 tokens; a
+// scale is applied once to a finished group of 32. `exact` dequantizes each tile and stays in float.
+// How work is split depends on shapes and counts alone, so a result does not depend on the number of threads.
+
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "tiles.h"
+
+namespace innerq {
+
+extern "C" {
+// launch.py declares this structure once more. Strides in elements.
+struct Request {
+    const void* query;  // [B, Hq, M, D], last axis contiguous, dtype of the windows
+    void* out;          // the same shape, contiguous
+    const void* mask;   // bool or float32, broadcast to [B, Hq, M, capacity] by strides of 0
+    int64_t q_heads, q_len, query_stride_b, query_stride_h, query_stride_m;
+    int64_t mask_kind, mask_stride_b, mask_stride_h, mask_stride_m, mask_stride_slot;
+    int64_t capacity, exact, threads;
+    double sm_scale;
+};
+}
+
+namespace {
+
+constexpr int MAX_HEAD_DIM = 512;
+constexpr int MAX_SPLITS = 16;  // of a head's packed blocks
+constexpr int MIN_SPLIT_BLOCKS = 32;
+constexpr float LOWEST = -std::numeric_limits<float>::max();
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr float LOG2_127 = 6.98868468677217f;
+
+enum MaskKind : int64_t { CAUSAL, BOOLEAN, ADDITIVE };
+
+// Online softmax of R query rows: largest score so far, sum of exponentials, weighted sum of values [R][D].
+struct Partial {
+    float *largest, *sum, *out;
+};
+
+// Row r of key-value head h in batch row b is query head h * group + r / M, query token r % M.
+struct Head {
+    const Geometry& g;
+    const Buffers& buffers;
+    const Request& request;
+    Row row;
+    int64_t b, h;
+    int64_t query_head(int64_t r) const { return h * (request.q_heads / g.heads) + r / request.q_len; }
+    int64_t query_token(int64_t r) const { return r % request.q_len; }
+    int64_t index() const { return b * g.heads + h; }
+};
+
+// Applies mask and causality to a query row's scores of `count` tokens that start at `token`.
+void mask_scores(const Head& head, int64_t r, int64_t token, int64_t count, float* scores) {
+    const Request& request = head.request;
+    int64_t m = head.query_token(r), slot = token + head.row.pads;
+    int64_t end = std::min(head.row.slots, request.capacity);
+    if (request.mask_kind == CAUSAL) end = std::min(end, head.row.slots - request.q_len + m + 1);
+    int64_t visible = std::clamp<int64_t>(end - slot, 0, count), step = request.mask_stride_slot;
+    std::fill(scores + visible, scores + count, -INFINITY);
+    int64_t offset = head.b * request.mask_stride_b + head.query_head(r) * request.mask_stride_h +
+                     m * request.mask_stride_m + slot * step;
+    if (request.mask_kind == BOOLEAN) {
+        const uint8_t* mask = static_cast<const uint8_t*>(request.mask) + offset;
+        for (int64_t i = 0; i < visible; i++) scores[i] = mask[i * step] ? scores[i] : -INFINITY;
+    } else if (request.mask_kind == ADDITIVE) {
+        const float* mask = static_cast<const float*>(request.mask) + offset;
+        for (int64_t i = 0; i < visible; i++) scores[i] += mask[i * step];
+    }
+}
+
+// ROWS query rows from row `first` on, against one split.
+template <class T, int ROWS> struct Batch {
+    const Head& head;
+    int64_t first, dim;
+    Partial state;  // of these rows
+    alignas(VB) float query[ROWS * MAX_HEAD_DIM];
+    alignas(VB) float scores[ROWS * CHUNK];
+    alignas(VB) int32_t query_fours[ROWS * MAX_HEAD_DIM / 4];
+    Factors query_factors[ROWS * MAX_HEAD_DIM / BLOCK];
+    alignas(VB) int32_t weight_fours[ROWS * CHUNK / 4];
+    Factors weight_factors[ROWS * CHUNK_BLOCKS];
+
+    Batch(const Head& head, int64_t first, Partial all) : head(head), first(first), dim(head.g.head_dim) {
+        state = {all.largest + first, all.sum + first, all.out + first * dim};
+        std::fill(state.largest, state.largest + ROWS, LOWEST);
+        std::fill(state.sum, state.sum + ROWS, 0.0f);
+        std::fill(state.out, state.out + ROWS * dim, 0.0f);
+    }
+
+    // query = q * sm_scale [* key_norm]
+    void load_query(const float* norm) {
+        const Request& request = head.request;
+        Floats scale = broadcast((float)request.sm_scale);
+        for (int r = 0; r < ROWS; r++) {
+            const T* from = static_cast<const T*>(request.query) + head.b * request.query_stride_b +
+                            head.query_head(first + r) * request.query_stride_h +
+                            head.query_token(first + r) * request.query_stride_m;
+            for (int64_t d = 0; d < dim; d += LANES) {
+                Floats q = load_floats(from + d) * scale;
+                store(query + r * dim + d, norm ? q * load_floats(norm + d) : q);
+            }
+        }
+    }
+
+    void quantize_query() {
+        for (int64_t tile = 0; tile < dim / BLOCK; tile++) {
+            for (int r = 0; r < ROWS; r++) {
+                const float* q = query + r * dim + tile * BLOCK;
+                Floats largest = {};
+                for (int c = 0; c < BLOCK; c += LANES) largest = max(largest, abs(load_floats(q + c)));
+                float scale = max_lanes(largest) / 127, inverse = scale > 0 ? 1 / scale : 0;
+                int8_t* bytes = reinterpret_cast<int8_t*>(query_fours + (tile * ROWS + r) * 8);
+                Floats total = {};
+                for (int c = 0; c < BLOCK; c += LANES) {
+                    Ints rounded = round_to_ints(load_floats(q + c) * inverse + 128.0f) - 128;
+                    store(bytes + c, __builtin_convertvector(rounded, Bytes));
+                    total += to_floats(rounded);
+                }
+                float sum = scale * sum_lanes(total);
+                query_factors[tile * ROWS + r] = {scale, sum * head.g.key.symmetric_center, sum};
+            }
+        }
+    }
+
+    void mask_all(int64_t token, int64_t count, int64_t padded) {
+        const Request& request = head.request;
+        int64_t last_for_all = std::min(head.row.held - request.q_len, request.capacity - head.row.pads);
+        bool plain = request.mask_kind == CAUSAL && token + count <= last_for_all;
+        for (int r = 0; r < ROWS; r++) {
+            if (!plain) mask_scores(head, first + r, token, count, scores + r * CHUNK);
+            std::fill(scores + r * CHUNK + count, scores + r * CHUNK + padded, -INFINITY);
+        }
+    }
+
+    // Makes `largest` the largest score of row r and brings what was summed up before to it.
+    void raise_largest(int r, float largest) {
+        if (!(largest > state.largest[r])) return;
+        float factor = std::exp(state.largest[r] - largest), *out = state.out + r * dim;
+        state.largest[r] = largest;
+        state.sum[r] *= factor;
+        for (int64_t d = 0; d < dim; d += LANES) store(out + d, load_floats(out + d) * factor);
+    }
+
+    // scores -> exp(scores - largest), in place; `count` a multiple of BLOCK.
+    void softmax_float(int64_t count) {
+        for (int r = 0; r < ROWS; r++) {
+            float* s = scores + r * CHUNK;
+            Floats largest = broadcast(LOWEST), sum = {};
+            for (int64_t i = 0; i < count; i += LANES) largest = max(load_floats(s + i), largest);
+            raise_largest(r, max_lanes(largest));
+            for (int64_t i = 0; i < count; i += LANES) {
+                Floats p = exp2<5>((load_floats(s + i) - state.largest[r]) * LOG2E);
+                store(s + i, p);
+                sum += p;
+            }
+            state.sum[r] += sum_lanes(sum);
+        }
+    }
+
+    // scores -> weight_fours, 127 * exp(scores - largest of the block) rounded, and their factors.
+    void softmax_bytes(int blocks) {
+        for (int r = 0; r < ROWS; r++) {
+            const float* s = scores + r * CHUNK;
+            alignas(VB) float block_largest[CHUNK_BLOCKS > LANES ? CHUNK_BLOCKS : LANES];
+            Floats chunk_largest = broadcast(LOWEST), sum = {};
+            std::fill(block_largest, std::end(block_largest), LOWEST);
+            for (int i = 0; i < blocks; i++) {
+                Floats largest = broadcast(LOWEST);
+                for (int j = 0; j < BLOCK; j += LANES) largest = max(load_floats(s + i * BLOCK + j), largest);
+                block_largest[i] = max_lanes(largest);
+                chunk_largest = max(largest, chunk_largest);
+            }
+            raise_largest(r, max_lanes(chunk_largest));
+            alignas(VB) float block_scale[CHUNK_BLOCKS > LANES ? CHUNK_BLOCKS : LANES];
+            for (int i = 0; i < CHUNK_BLOCKS; i += LANES) {
+                Floats x = (load_floats(block_largest + i) - state.largest[r]) * LOG2E;
+                store(block_scale + i, exp2<5>(x) * (1.0f / 127));
+            }
+            for (int i = 0; i < blocks; i++) {
+                int8_t* bytes = reinterpret_cast<int8_t*>(weight_fours + (i * ROWS + r) * 8);
+                Ints total = {};
+                for (int j = 0; j < BLOCK; j += LANES) {
+                    Floats x = (load_floats(s + i * BLOCK + j) - block_largest[i]) * LOG2E + LOG2_127;
+                    Floats p = exp2<3>(x);
+                    Ints rounded = round_to_ints(p);
+                    store(bytes + j, __builtin_convertvector(rounded, Bytes));
+                    total += rounded;
+                    sum += p * block_scale[i];
+                }
+                float weight = block_scale[i] * sum_lanes(to_floats(total));
+                weight_factors[i * ROWS + r] = {block_scale[i], weight * head.g.value.symmetric_center, weight};
+            }
+            state.sum[r] += sum_lanes(sum);
+        }
+    }
+
+    void packed_chunk(int64_t block, int blocks, BlockLoop score, BlockLoop add_values) {
+        const Geometry& g = head.g;
+        int tiles = (int)(dim / BLOCK);
+        score(g.key, block_pointers(g, head.buffers, 0, head.index(), block), tiles, blocks, query_fours,
+              query_factors, scores);
+        mask_all(g.sink + block * BLOCK, blocks * BLOCK, blocks * BLOCK);
+        softmax_bytes(blocks);
+        add_values(g.value, block_pointers(g, head.buffers, 1, head.index(), block), tiles, blocks, weight_fours,
+                   weight_factors, state.out);
+    }
+
+    // to[r][outer] += sum over inner of vectors[r][inner] * x[inner][outer]
+    void add_products(const float (*x)[BLOCK], const float* vectors, int64_t vector_stride, float* to,
+                      int64_t to_stride) const {
+        for (int r = 0; r < ROWS; r++) {
+            for (int outer = 0; outer < BLOCK; outer += LANES) {
+                Floats sum = {};
+                for (int i = 0; i < BLOCK; i++) sum += load_floats(&x[i][outer]) * vectors[r * vector_stride + i];
+                float* p = to + r * to_stride + outer;
+                store(p, load_floats(p) + sum);
+            }
+        }
+    }
+
+    void exact_chunk(int64_t block, int blocks) {
+        const Geometry& g = head.g;
+        std::fill(scores, scores + ROWS * CHUNK, 0.0f);
+        for (int side = 0; side < 2; side++) {
+            const TensorSpec& spec = side ? g.value : g.key;
+            for (int i = 0; i < blocks; i++) {
+                BlockPointers p = block_pointers(g, head.buffers, side, head.index(), block + i);
+                for (int64_t tile = 0; tile < dim / BLOCK; tile++) {
+                    alignas(VB) float x[BLOCK][BLOCK];
+                    dequantize_tile_for(spec)(spec, p.codes + tile * 128 * spec.bits, p.scales + tile * BLOCK,
+                                              p.zeros ? p.zeros + tile * BLOCK : nullptr, x);
+                    float *channels = (side ? state.out : query) + tile * BLOCK, *tokens = scores + i * BLOCK;
+                    if (side) add_products(x, tokens, CHUNK, channels, dim);
+                    if (!side) add_products(x, channels, dim, tokens, CHUNK);
+                }
+            }
+            if (side) continue;
+            mask_all(g.sink + block * BLOCK, blocks * BLOCK, blocks * BLOCK);
+            softmax_float(blocks * BLOCK);
+        }
+    }
+
+    // Tokens [token, token + count) that lie side by side in the windows.
+    void window_chunk(int64_t token, int64_t count) {
+        const Geometry& g = head.g;
+        int64_t offset = (head.index() * (g.sink + g.recent + g.flush) + window_slot(g, token)) * dim;
+        const T* keys = static_cast<const T*>(head.buffers.k_window) + offset;
+        const T* values = static_cast<const T*>(head.buffers.v_window) + offset;
+        for (int64_t t = 0; t < count; t++) {
+            Floats sum[ROWS] = {};
+            for (int64_t d = 0; d < dim; d += LANES) {
+                Floats k = load_floats(keys + t * dim + d);
+                for (int r = 0; r < ROWS; r++) sum[r] += k * load_floats(query + r * dim + d);
+            }
+            for (int r = 0; r < ROWS; r++) scores[r * CHUNK + t] = sum_lanes(sum[r]);
+        }
+        int64_t padded = (count + BLOCK - 1) / BLOCK * BLOCK;
+        mask_all(token, count, padded);
+        softmax_float(padded);
+        for (int64_t d = 0; d < dim; d += LANES) {
+            Floats sum[ROWS];
+            for (int r = 0; r < ROWS; r++) sum[r] = load_floats(state.out + r * dim + d);
+            for (int64_t t = 0; t < count; t++) {
+                Floats v = load_floats(values + t * dim + d);
+                for (int r = 0; r < ROWS; r++) sum[r] += v * scores[r * CHUNK + t];
+            }
+            for (int r = 0; r < ROWS; r++) store(state.out + r * dim + d, sum[r]);
+        }
+    }
+
+    void run_packed(int64_t block, int64_t blocks) {
+        const Geometry& g = head.g;
+        load_query(head.buffers.key_norm + head.index() * dim);
+        if (!head.request.exact) quantize_query();
+        BlockLoop score = block_loop_for<ROWS>(g.key, false), add_values = block_loop_for<ROWS>(g.value, true);
+        for (int64_t i = 0; i < blocks; i += CHUNK_BLOCKS) {
+            int count = (int)std::min<int64_t>(CHUNK_BLOCKS, blocks - i);
+            if (head.request.exact) exact_chunk(block + i, count);
+            if (!head.request.exact) packed_chunk(block + i, count, score, add_values);
+        }
+    }
+
+    void run_windows(int64_t packed) {
+        const Geometry& g = head.g;
+        load_query(nullptr);
+        int64_t ring = g.recent + g.flush;
+        for (int64_t token = 0; token < head.row.held;) {
+            bool in_sink = token < g.sink;
+            if (!in_sink && token < g.sink + packed) token = g.sink + packed;
+            int64_t run = in_sink ? g.sink - token : ring - (token - g.sink) % ring;
+            int64_t count = std::min({run, head.row.held - token, (int64_t)CHUNK});
+            if (count > 0) window_chunk(token, count);
+            token += count;
+            if (count <= 0) break;
+        }
+    }
+};
+
+template <class T> struct Attention {
+    const Geometry& g;
+    const Buffers& buffers;
+    const Request& request;
+    int64_t rows;                           // R, per key-value head
+    std::vector<int64_t> first_item;        // of each batch row, and the end
+    std::unique_ptr<std::atomic<int64_t>[]> unfinished;  // splits of each head
+    float* partials;
+
+    int64_t packed_blocks(const Row& row) const { return std::clamp<int64_t>(row.quantized / BLOCK, 0, g.blocks); }
+
+    static int64_t split_blocks(int64_t blocks) {
+        return std::max<int64_t>((blocks + MAX_SPLITS - 1) / MAX_SPLITS, MIN_SPLIT_BLOCKS);
+    }
+
+    int64_t items_of_head(const Row& row) const {
+        int64_t blocks = packed_blocks(row), each = split_blocks(blocks);
+        return 1 + (blocks + each - 1) / each;
+    }
+
+    int64_t partial_size() const { return (rows * (g.head_dim + 2) + LANES - 1) / LANES * LANES; }
+
+    Partial partial(int64_t item) const {
+        float* p = partials + item * partial_size();
+        return {p + rows * g.head_dim, p + rows * (g.head_dim + 1), p};
+    }
+
+    template <int ROWS> void run_rows(const Head& head, int64_t split, const Partial& p, int64_t& first) const {
+        int64_t blocks = packed_blocks(head.row), each = split_blocks(blocks), block = (split - 1) * each;
+        for (; rows - first >= ROWS; first += ROWS) {
+            Batch<T, ROWS> batch(head, first, p);
+            if (split == 0) batch.run_windows(blocks * BLOCK);
+            if (split > 0) batch.run_packed(block, std::min(each, blocks - block));
+        }
+    }
+
+    void run_item(int64_t item) const {
+        int64_t b = std::upper_bound(first_item.begin(), first_item.end(), item) - first_item.begin() - 1;
+        Row row(buffers, b);
+        int64_t each = items_of_head(row), local = item - first_item[b], h = local / each, first = 0;
+        Head head{g, buffers, request, row, b, h};
+        Partial p = partial(item);
+        run_rows<8>(head, local % each, p, first);
+        run_rows<4>(head, local % each, p, first);
+        run_rows<2>(head, local % each, p, first);
+        run_rows<1>(head, local % each, p, first);
+        if (unfinished[head.index()].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+            combine(head, item - local % each, each);
+        }
+    }
+
+    // out = sum of the splits' sums, each brought to the largest score of all; 0 where nothing may be attended.
+    void combine(const Head& head, int64_t first, int64_t count) const {
+        T* out = static_cast<T*>(request.out) + head.index() * rows * g.head_dim;
+        for (int64_t r = 0; r < rows; r++) {
+            float largest = LOWEST, total = 0;
+            for (int64_t i = 0; i < count; i++) largest = std::max(largest, partial(first + i).largest[r]);
+            alignas(VB) float sum[MAX_HEAD_DIM] = {};
+            for (int64_t i = 0; i < count; i++) {
+                Partial p = partial(first + i);
+                float factor = std::exp(p.largest[r] - largest);
+                total += factor * p.sum[r];
+                for (int64_t d = 0; d < g.head_dim; d += LANES) {
+                    store(sum + d, load_floats(sum + d) + load_floats(p.out + r * g.head_dim + d) * factor);
+                }
+            }
+            for (int64_t d = 0; d < g.head_dim; d += LANES) {
+                Floats value = total > 0 ? load_floats(sum + d) / total : Floats{};
+                store_floats(out + r * g.head_dim + d, value);
+            }
+        }
+    }
+
+    void run() {
+        first_item.push_back(0);
+        unfinished = std::make_unique<std::atomic<int64_t>[]>(g.batch * g.heads);
+        for (int64_t b = 0; b < g.batch; b++) {
+            int64_t each = items_of_head(Row(buffers, b));
+            for (int64_t h = 0; h < g.heads; h++) unfinished[b * g.heads + h] = each;
+            first_item.push_back(first_item.back() + each * g.heads);
+        }
+        static thread_local std::vector<float> workspace;
+        size_t needed = first_item.back() * partial_size() + LANES;
+        if (workspace.size() < needed) workspace.resize(needed);
+        void* aligned = workspace.data();
+        size_t space = needed * sizeof(float);
+        partials = static_cast<float*>(std::align(VB, (needed - LANES) * sizeof(float), aligned, space));
+        parallel_for(request.threads, first_item.back(), [this](int64_t item) { run_item(item); });
+    }
+};
+
+template <class T> void attend(const Geometry& g, const Buffers& b, const Request& request) {
+    int64_t rows = request.q_len * (request.q_heads / g.heads);
+    Attention<T>{g, b, request, rows, {}, nullptr, nullptr}.run();
+}
+
+}  // namespace
+}  // namespace innerq
+
+extern "C" INNERQ_EXPORT void innerq_decode_attention(const innerq::Geometry* g, const innerq::Buffers* b,
+                                        const innerq::Request* request) {
+    using namespace innerq;
+    if (g->dtype == FLOAT32) attend<float>(*g, *b, *request);
+    if (g->dtype == BFLOAT16) attend<BFloat>(*g, *b, *request);
+    if (g->dtype == FLOAT16) attend<Half>(*g, *b, *request);
+}

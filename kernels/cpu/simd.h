@@ -1,0 +1,229 @@
+// The few vector operations that the kernels are written in, for one instruction set chosen by the compiler's macros.
+//
+// A vector has VB bytes: LANES = VB / 4 floats or 32-bit integers. Float code uses the compiler's own vector types, so
+// it is the same on every machine; only the integer dot product, half floats and prefetching name instructions.
+// INNERQ_PLAIN switches every intrinsic off.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if !defined(INNERQ_PLAIN) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define INNERQ_AVX512 1
+#include <immintrin.h>
+#elif !defined(INNERQ_PLAIN) && defined(__AVX2__) && defined(__F16C__)
+#define INNERQ_AVX2 1
+#include <immintrin.h>
+#elif !defined(INNERQ_PLAIN) && defined(__ARM_FEATURE_DOTPROD) && defined(__ARM_NEON)
+#define INNERQ_ARM 1
+#include <arm_neon.h>
+#endif
+
+namespace innerq {
+
+#if defined(INNERQ_AVX512)
+constexpr int VB = 64;
+#elif defined(INNERQ_AVX2)
+constexpr int VB = 32;
+#else
+constexpr int VB = 16;
+#endif
+constexpr int LANES = VB / 4;
+
+typedef float Floats __attribute__((vector_size(VB)));
+typedef int32_t Ints __attribute__((vector_size(VB)));
+typedef uint32_t Words __attribute__((vector_size(VB)));
+typedef uint16_t HalfWords __attribute__((vector_size(VB / 2)));
+typedef int8_t Bytes __attribute__((vector_size(VB / 4)));
+
+#define INNERQ_INLINE inline __attribute__((always_inline))
+
+INNERQ_INLINE Floats broadcast(float x) { return x - Floats{}; }
+INNERQ_INLINE Words broadcast(uint32_t x) { return x - Words{}; }
+
+template <class V> INNERQ_INLINE V load(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V> INNERQ_INLINE void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+
+INNERQ_INLINE Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
+
+// A float in [0, 2^22), rounded half to even, as an integer: the sum with 1.5 * 2^23 has it in its low bits.
+constexpr float ROUND = 12582912.0f;
+INNERQ_INLINE Ints round_to_ints(Floats v) { return (Ints)(v + ROUND) & 0x3fffff; }
+
+INNERQ_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
+INNERQ_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
+INNERQ_INLINE Floats abs(Floats v) { return (Floats)((Ints)v & 0x7fffffff); }
+
+INNERQ_INLINE float sum_lanes(Floats v) {
+#if defined(INNERQ_AVX512)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += v[i];
+    return total;
+#endif
+}
+
+INNERQ_INLINE float max_lanes(Floats v) {
+#if defined(INNERQ_AVX512)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float best = v[0];
+    for (int i = 1; i < LANES; i++) best = v[i] > best ? v[i] : best;
+    return best;
+#endif
+}
+
+// --- number formats -------------------------------------------------------------------------------------------------
+
+struct Half { uint16_t bits; };
+struct BFloat { uint16_t bits; };
+
+INNERQ_INLINE Floats load_floats(const float* p) { return load<Floats>(p); }
+
+INNERQ_INLINE Floats load_floats(const BFloat* p) {
+    return (Floats)(__builtin_convertvector(load<HalfWords>(p), Words) << 16);
+}
+
+INNERQ_INLINE Floats load_floats(const Half* p) {
+#if defined(INNERQ_AVX512)
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(INNERQ_AVX2)
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(INNERQ_ARM)
+    return (Floats)vcvt_f32_f16(vld1_f16((const __fp16*)p));
+#else
+    // Shifted into place the exponent is 112 too small: one exact multiplication puts that right, subnormals included.
+    Words w = __builtin_convertvector(load<HalfWords>(p), Words);
+    Words magnitude = (w & 0x7fffu) << 13;
+    Floats finite = (Floats)magnitude * 0x1p112f;
+    Words special = magnitude | 0x7f800000u;
+    Words chosen = (w & 0x7c00u) == 0x7c00u ? special : (Words)finite;
+    return (Floats)(chosen | (w & 0x8000u) << 16);
+#endif
+}
+
+// Rounds half to even; too large a number becomes infinity.
+INNERQ_INLINE HalfWords to_half(Floats v) {
+#if defined(INNERQ_AVX512)
+    return (HalfWords)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(INNERQ_AVX2)
+    return (HalfWords)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(INNERQ_ARM)
+    return (HalfWords)vcvt_f16_f32((float32x4_t)v);
+#else
+    Words bits = (Words)v, sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    Words normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+    Words subnormal = (Words)((Floats)magnitude + 0.5f) - 0x3f000000u;  // adds at 2^-24, where halves end
+    Words result = magnitude < (113u << 23) ? subnormal : normal;
+    result = magnitude >= (143u << 23) ? broadcast(0x7c00u) : result;
+    result = magnitude > 0x7f800000u ? broadcast(0x7e00u) : result;
+    return __builtin_convertvector(result | sign, HalfWords);
+#endif
+}
+
+INNERQ_INLINE void store_floats(float* p, Floats v) { store(p, v); }
+INNERQ_INLINE void store_floats(Half* p, Floats v) { store(p, to_half(v)); }
+INNERQ_INLINE void store_floats(BFloat* p, Floats v) {
+    Words w = (Words)v;
+    Words rounded = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
+    rounded = (w & 0x7fffffffu) > 0x7f800000u ? broadcast(0x7fc0u) : rounded;
+    store(p, __builtin_convertvector(rounded, HalfWords));
+}
+
+// --- 2^x ------------------------------------------------------------------------------------------------------------
+
+// 2^x for x <= 127; relative error 7.5e-5 with DEGREE 3, 7.5e-8 with DEGREE 5 (minimax fits on [-1/2, 1/2]).
+// Below -126 the result is 0. NaN gives NaN.
+template <int DEGREE> INNERQ_INLINE Floats exp2(Floats x) {
+    Floats whole = (x < -126.0f ? broadcast(-126.0f) : x) + ROUND;
+    Floats f = x - (whole - ROUND), p;
+    if (DEGREE == 3) {
+        p = 0.24261111271192862f + f * 0.05517154555008292f;
+        p = 0.6932610082563884f + f * p;
+        p = 0.9999280747066571f + f * p;
+    } else {
+        p = 0.00967554122151016f + f * 0.0013276457848119994f;
+        p = 0.05550713317251182f + f * p;
+        p = 0.24022119726655828f + f * p;
+        p = 0.6931469670379722f + f * p;
+        p = 1.0000000716538178f + f * p;
+    }
+    Floats result = (Floats)((Ints)p + ((Ints)whole << 23));
+    return x < -126.0f ? Floats{} : result;
+}
+
+// --- integer dot product --------------------------------------------------------------------------------------------
+
+// Sums of unsigned codes times signed bytes: add() takes, per lane, four codes (at most 2^BITS - 1) and the same four
+// signed bytes (at most 127 in magnitude) for all lanes; sums() returns the 32-bit totals. At most eight add() calls:
+// where products are summed in 16 bits, 8 * 2 * 15 * 127 still fits.
+template <int BITS> struct DotProduct {
+#if defined(INNERQ_AVX512)
+    __m512i total = _mm512_setzero_si512();
+    INNERQ_INLINE void add(Words codes, int32_t four) {
+        total = _mm512_dpbusd_epi32(total, (__m512i)codes, _mm512_set1_epi32(four));
+    }
+    INNERQ_INLINE Ints sums() const { return (Ints)total; }
+#elif defined(INNERQ_AVX2) && defined(__AVXVNNI__)
+    __m256i total = _mm256_setzero_si256();
+    INNERQ_INLINE void add(Words codes, int32_t four) {
+        total = _mm256_dpbusd_avx_epi32(total, (__m256i)codes, _mm256_set1_epi32(four));
+    }
+    INNERQ_INLINE Ints sums() const { return (Ints)total; }
+#elif defined(INNERQ_AVX2)
+    __m256i total = _mm256_setzero_si256();
+    INNERQ_INLINE void add(Words codes, int32_t four) {
+        __m256i u = (__m256i)codes, s = _mm256_set1_epi32(four);
+        if (BITS <= 4) {
+            total = _mm256_add_epi16(total, _mm256_maddubs_epi16(u, s));
+            return;
+        }
+        __m256i s_even = _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8), s_odd = _mm256_srai_epi16(s, 8);
+        __m256i u_even = _mm256_and_si256(u, _mm256_set1_epi16(255)), u_odd = _mm256_srli_epi16(u, 8);
+        total = _mm256_add_epi32(total, _mm256_madd_epi16(u_even, s_even));
+        total = _mm256_add_epi32(total, _mm256_madd_epi16(u_odd, s_odd));
+    }
+    INNERQ_INLINE Ints sums() const {
+        return (Ints)(BITS <= 4 ? _mm256_madd_epi16(total, _mm256_set1_epi16(1)) : total);
+    }
+#elif defined(INNERQ_ARM)
+    int32x4_t total = vdupq_n_s32(0);
+    INNERQ_INLINE void add(Words codes, int32_t four) {
+        int8x16_t s = vreinterpretq_s8_s32(vdupq_n_s32(four));
+        uint8x16_t u = (uint8x16_t)codes;
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+        total = vusdotq_s32(total, u, s);
+#else
+        total = vdotq_s32(total, vreinterpretq_s8_u8(BITS == 8 ? vandq_u8(u, vdupq_n_u8(127)) : u), s);
+        if (BITS == 8) {
+            int32x4_t high = vdotq_s32(vdupq_n_s32(0), vreinterpretq_s8_u8(vshrq_n_u8(u, 7)), s);
+            total = vaddq_s32(total, vshlq_n_s32(high, 7));
+        }
+#endif
+    }
+    INNERQ_INLINE Ints sums() const { return (Ints)total; }
+#else
+    typedef int16_t Shorts __attribute__((vector_size(VB)));
+    Shorts total16 = {};
+    Ints total = {};
+    static INNERQ_INLINE Ints add_pairs(Shorts v) { return ((Ints)v << 16 >> 16) + ((Ints)v >> 16); }
+    INNERQ_INLINE void add(Words codes, int32_t four) {
+        Shorts s = (Shorts)broadcast((uint32_t)four);
+        Shorts even = (Shorts)(codes & 0x00ff00ffu) * (s << 8 >> 8);
+        Shorts odd = (Shorts)((codes >> 8) & 0x00ff00ffu) * (s >> 8);
+        if (BITS <= 4) {
+            total16 += even + odd;
+        } else {
+            total += add_pairs(even) + add_pairs(odd);
+        }
+    }
+    INNERQ_INLINE Ints sums() const { return BITS <= 4 ? add_pairs(total16) : total; }
+#endif
+};
+
+}  // namespace innerq
