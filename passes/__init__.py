@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from innerq_compile.passes.canonicalize import canonicalize
 from innerq_compile.passes.fuse_decode import fuse_decode
 from innerq_compile.passes.match import DecodeSite, match
 from innerq_compile.passes.verify import verify
@@ -25,6 +26,7 @@ def run_passes(gm: fx.GraphModule, *, exact: bool = False) -> Report:
     Raises:
         PassError: The rewrite broke one of its own promises.
     """
+    canonicalize(gm.graph)
     found = match(gm.graph)
     sites = []
     for item in found:

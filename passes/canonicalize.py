@@ -1,7 +1,8 @@
 """One reading for every dialect: Dynamo's methods and functions, and the ATen overloads of torch.export.
 
-Nothing is changed in the graph, so a site that is refused later stays exactly as it came. The other passes read nodes
-through here and never look at ``node.target`` themselves, except for the ``innerq`` ops, which have one spelling.
+Only the ``innerq`` ops are really brought to one spelling. All others are left as they came, so that a refused site
+stays exactly as it was, and are *read* alike: the other passes ask :func:`op_name`, :func:`read_attention` and
+:func:`repeats_heads` and never look at ``node.target`` themselves.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from innerq_compile.ops import NAMESPACE
+
 ATTENTION = "scaled_dot_product_attention"
 
 SAME = frozenset({"alias", "clone", "contiguous", "detach", "expand", "reshape", "slice", "to", "view"})
@@ -27,6 +30,13 @@ _FUNCTIONS = {
     if hasattr(owner, name)
 }
 _ATEN_NAMES = {"_to_copy": "to", "_unsafe_view": "view"}
+
+
+def canonicalize(graph: fx.Graph) -> None:
+    """Makes every ``torch.ops.innerq.x`` a ``torch.ops.innerq.x.default``, the form that the passes compare with."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverloadPacket) and str(node.target).startswith(f"{NAMESPACE}."):
+            node.target = node.target.default
 
 
 def op_name(node: fx.Node) -> str:

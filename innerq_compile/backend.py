@@ -1,0 +1,140 @@
+"""The ``"innerq"`` backend of ``torch.compile``: options, passes, Inductor."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch import fx
+
+from innerq_compile.passes import run_passes
+
+logger = logging.getLogger(__name__)
+
+OWN_OPTIONS: dict[str, bool] = {"fuse": True, "exact": False}
+"""Options that are ours, with their defaults. ``fuse`` rewrites the graph; ``exact`` forbids kernels to round queries
+and probabilities to integers. Every other key belongs to ``torch._inductor.config``."""
+
+
+def innerq(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compiles one graph: rewrites its decode attention to read packed codes, then hands it to Inductor.
+
+    ``torch.compile(..., backend="innerq", mode=..., options=...)`` calls this; nobody else needs to.
+
+    Args:
+        gm: The graph as Dynamo captured it.
+        example_inputs: Its inputs.
+        mode: One of Inductor's modes, ``"reduce-overhead"`` for instance.
+        options: Keys of :data:`OWN_OPTIONS` and of ``torch._inductor.config``.
+
+    Raises:
+        ValueError: An option that neither side knows, or an own option that is no bool.
+    """
+    own, inductor = split_options(options or {})
+    patches = {**mode_options(mode), **inductor}
+    if own["fuse"]:
+        report = run_passes(gm, exact=own["exact"])
+        logger.info("%s", report)
+    if _needs_cpp_compiler(example_inputs) and not cpp_compiler_works():
+        _tell_once_that_nothing_is_compiled()
+        return gm.forward
+    register_kernels()
+    from torch._inductor.compile_fx import compile_fx  # here: a second of imports that only compiling needs
+
+    return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[return-value]
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """The options of Inductor that a mode stands for.
+
+    Raises:
+        ValueError: An unknown mode.
+    """
+    modes = torch._inductor.list_mode_options()
+    if mode is not None and mode not in modes:
+        raise ValueError(f"mode must be one of {', '.join(modes)}, got {mode!r}")
+    return dict(modes[mode]) if mode else {}
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, bool], dict[str, Any]]:
+    """Own options, defaults filled in, and Inductor's.
+
+    Raises:
+        ValueError: An unknown key, or an own option that is no bool.
+    """
+    own, inductor = dict(OWN_OPTIONS), {}
+    for key, value in options.items():
+        if key in OWN_OPTIONS:
+            if not isinstance(value, bool):
+                raise ValueError(f"option {key!r} must be True or False, got {value!r}")
+            own[key] = value
+        else:
+            inductor[key.replace("-", "_")] = value
+    unknown = sorted(set(inductor) - set(torch._inductor.config.get_config_copy())) if inductor else []
+    if unknown:
+        raise ValueError(
+            f"unknown options {unknown} for backend 'innerq'; its own are {sorted(OWN_OPTIONS)}, all others must be "
+            "keys of torch._inductor.config"
+        )
+    return own, inductor
+
+
+def register_kernels() -> None:
+    """Attaches the fast kernels to the ops; where one cannot be built, the reference stays."""
+    from innerq_compile.kernels import cpu
+
+    cpu.register()
+
+
+def _needs_cpp_compiler(example_inputs: Sequence[Any]) -> bool:
+    """Whether Inductor will generate C++ for this graph."""
+    devices = {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)}
+    return devices <= {"cpu"} and torch._inductor.config.cpu_backend == "cpp"
+
+
+@functools.cache
+def cpp_compiler_works() -> bool:
+    """Whether Inductor's C++ compiler builds a Python extension here, tried once per process on a one-line program."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        compiler = get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    if sys.platform == "win32":
+        return True
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["-shared", "-fPIC", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
+        command = [compiler, *flags, f"-I{sysconfig.get_path('include')}", "-x", "c++", "-"]
+        program = b"#include <Python.h>\n#include <cmath>\nvoid* probe() { return PyList_New(0); }\n"
+        try:
+            done = subprocess.run(
+                [*command, "-o", os.path.join(folder, "probe.so")], input=program, capture_output=True, timeout=120
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+    return done.returncode == 0
+
+
+@functools.cache
+def _tell_once_that_nothing_is_compiled() -> None:
+    logger.warning(
+        "innerq_compile found no working C++ compiler (with the Python headers): graphs run uncompiled, right but "
+        "slow. Install one, or point the environment variable CXX at it."
+    )

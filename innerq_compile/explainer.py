@@ -1,0 +1,68 @@
+"""``explain(model)``: which layers of a model will decode from packed codes, and why the others will not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from transformers import PreTrainedModel
+
+from innerq_compile.cache import InnerQCache
+from innerq_compile.passes import run_passes
+from innerq_compile.report import LEFT, Report, SiteReport
+
+PROMPT_TOKENS = 8
+
+
+def explain(
+    model: PreTrainedModel, input_ids: torch.Tensor | None = None, *, preset: str = "base", **overrides: Any
+) -> Report:
+    """Runs a short prefill and one decode step through the passes, without compiling anything.
+
+    Args:
+        model: Left as it is.
+        input_ids: A prompt [B, M]; a few zeros unless told.
+        preset: Settings of the cache, see :data:`innerq_compile.config.PRESETS`.
+        **overrides: Single settings of :class:`~innerq_compile.config.InnerQConfig`.
+
+    Returns:
+        One entry per attention layer. Layers that keep 16-bit buffers are ``left``.
+
+    Raises:
+        ValueError: An unknown preset or setting, or one out of range.
+    """
+    if input_ids is None:
+        input_ids = torch.zeros(1, PROMPT_TOKENS, dtype=torch.long, device=model.device)
+    cache = InnerQCache(model.config, preset=preset, max_cache_len=input_ids.shape[1] + 1, **overrides)
+    reports: list[Report] = []
+
+    def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        reports.append(run_passes(gm))
+        return gm.forward
+
+    with torch.no_grad():
+        model.forward(input_ids, past_key_values=cache)
+        torch.compile(model.forward, backend=record)(input_ids[:, -1:], past_key_values=cache)
+    report = sum(reports, Report()) + Report(_unquantized(model, cache))
+    return report if report.found else report + Report(note=_advice(model, cache))
+
+
+def _unquantized(model: PreTrainedModel, cache: InnerQCache) -> tuple[SiteReport, ...]:
+    paths = {
+        module.layer_idx: name
+        for name, module in model.named_modules()
+        if "attn" in name.lower() and hasattr(module, "layer_idx")
+    }
+    return tuple(
+        SiteReport(paths.get(index, f"layer {index}"), LEFT, reason) for index, reason in cache.unquantized.items()
+    )
+
+
+def _advice(model: PreTrainedModel, cache: InnerQCache) -> str:
+    if cache.unquantized:
+        return "No layer of this model can be quantized; the reasons are above."
+    return (
+        f"{type(model).__name__} never read its cache as scaled_dot_product_attention does (attn_implementation="
+        f'{model.config._attn_implementation!r}); load it with attn_implementation="sdpa".'
+    )

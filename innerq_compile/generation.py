@@ -1,0 +1,132 @@
+"""``enable(model)``: one call, and ``model.generate()`` decodes from a quantized cache, compiled. And its undoing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from transformers import CompileConfig, PreTrainedModel
+
+from innerq_compile.backend import mode_options
+from innerq_compile.cache import InnerQCache
+
+MIN_CAPACITY = 512
+_SWITCH = "_innerq_switch"
+_HOOK = "_prepare_cache_for_generation"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Switch:
+    """What ``enable`` replaced, so that ``disable`` can put it back."""
+
+    compiled_call: Callable[..., Any] | None
+    compile_config: CompileConfig | None
+
+
+def enable(
+    model: PreTrainedModel,
+    *,
+    preset: str = "base",
+    max_cache_len: int | None = None,
+    exact: bool = False,
+    mode: str | None = None,
+    **overrides: Any,
+) -> PreTrainedModel:
+    """Makes ``model.generate()`` decode from a quantized KV cache, compiled by the ``innerq`` backend.
+
+    The model is compiled in place, its ``generation_config`` names the backend, and :class:`InnerQCache` becomes the
+    cache that ``generate()`` uses when it is given none. ``past_key_values``, ``use_cache=False`` and
+    ``cache_implementation`` keep their meaning. A second call replaces the first one's settings.
+
+    Args:
+        preset: Settings of the cache, see :data:`innerq_compile.config.PRESETS`.
+        max_cache_len: Capacity of the cache in tokens. ``None`` sizes each cache for its call, rounded up to a power of
+            two, so that few capacities ever compile.
+        exact: Forbids kernels to round queries and probabilities to integers.
+        mode: One of Inductor's modes, ``"reduce-overhead"`` for instance.
+        **overrides: Single settings of :class:`~innerq_compile.config.InnerQConfig`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: A module that cannot ``generate()`` from a decoder cache.
+        ValueError: An unknown preset or setting, or one out of range.
+    """
+    _check_model(model)
+    make_cache = functools.partial(InnerQCache, model.config, preset=preset, **overrides)
+    make_cache()  # refuses bad settings now; nothing is allocated before the first token
+    if max_cache_len is not None:
+        make_cache(max_cache_len=max_cache_len)
+    # torch.compile takes a mode or options, not both, so the mode is spelled out as options.
+    options = {"exact": exact, **mode_options(mode)}
+
+    disable(model)
+    switch = _Switch(model._compiled_call_impl, model.generation_config.compile_config)
+    compile_config = CompileConfig(backend="innerq", mode=None, options=options)
+    # Otherwise generate() warns, on a CPU, that it will not compile what is compiled already.
+    compile_config._compile_all_devices = True
+    model.generation_config.compile_config = compile_config
+    model.compile(backend="innerq", options=options)
+    prepare = getattr(model, _HOOK)
+    setattr(model, _HOOK, functools.partial(_prepare_cache, prepare, make_cache, max_cache_len))
+    setattr(model, _SWITCH, switch)
+    return model
+
+
+def disable(model: PreTrainedModel) -> PreTrainedModel:
+    """Puts back what :func:`enable` replaced; does nothing to a model that was never enabled. Returns the model."""
+    switch: _Switch | None = getattr(model, _SWITCH, None)
+    if switch is not None:
+        model.generation_config.compile_config = switch.compile_config
+        # The last two: where generate() keeps the compiled decode step of its last compile_config.
+        for name in (_HOOK, _SWITCH, "_compiled_call_impl", "_compiled_call", "_last_compile_config"):
+            model.__dict__.pop(name, None)
+        if switch.compiled_call is not None:
+            model._compiled_call_impl = switch.compiled_call
+    return model
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        hint = "; pass the model that torch.compile() was given" if hasattr(model, "_orig_mod") else ""
+        raise TypeError(f"enable() needs a transformers model that can generate(), got {type(model).__name__}{hint}")
+    if model.config.is_encoder_decoder or not hasattr(model, _HOOK):
+        raise TypeError(f"enable() needs a decoder-only model, got {type(model).__name__}")
+
+
+def _prepare_cache(
+    prepare: Callable[..., Any],
+    make_cache: Callable[..., InnerQCache],
+    max_cache_len: int | None,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Stands in for the method of ``GenerationMixin``: adds our cache where transformers would choose one."""
+    choose = (
+        model_kwargs.get("past_key_values") is None
+        and generation_config.use_cache is not False
+        and generation_config.cache_implementation is None
+        and not getattr(generation_config, "is_assistant", False)
+    )
+    if choose:
+        model_kwargs["past_key_values"] = make_cache(max_cache_len=_capacity(max_cache_length, max_cache_len))
+    return prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs)
+
+
+def _capacity(needed: int, max_cache_len: int | None) -> int:
+    if max_cache_len is None:
+        return max(MIN_CAPACITY, 1 << (needed - 1).bit_length())
+    if needed > max_cache_len:
+        raise ValueError(
+            f"this generate() call may need {needed} tokens of cache, enable() was given max_cache_len={max_cache_len}"
+            "; lower max_new_tokens or enable the model with more"
+        )
+    return max_cache_len
