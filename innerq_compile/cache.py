@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 from innerq_compile import ops, reference
 from innerq_compile.config import BLOCK, InnerQConfig
+from innerq_compile.folded import mark_of
 from innerq_compile.layout import SLOTS, LayerState, allocate_state, state_bytes, unsupported_head_dim
 
 logger = logging.getLogger(__name__)
@@ -218,14 +219,15 @@ class InnerQCache(Cache):
         preset: Name of the settings, see :data:`innerq_compile.config.PRESETS`.
         max_cache_len: Capacity in tokens, allocated at once. ``None`` lets the cache grow by doubling, which costs a
             recompile per doubling and, on an accelerator, reads the length back once per call of the model.
-        **overrides: Single settings of :class:`~innerq_compile.config.InnerQConfig` that replace the preset's.
+        **overrides: Single settings of :class:`~innerq_compile.config.InnerQConfig` that replace the preset's. A model
+            whose key norm was folded into its weights gets ``key_norm="folded"`` unless told otherwise.
 
     Attributes:
         unquantized: Layer index -> why that layer keeps transformers' own 16-bit layer (sliding windows, latent
             attention, a head_dim that does not fit the tiles).
 
     Raises:
-        ValueError: Unknown preset or setting, or one out of range.
+        ValueError: Unknown preset or setting, one out of range, or ``key_norm="folded"`` for a model that is not.
     """
 
     def __init__(
@@ -237,7 +239,7 @@ class InnerQCache(Cache):
     ) -> None:
         if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
             raise ValueError(f"max_cache_len must be a positive integer or None, got {max_cache_len!r}")
-        self.config = InnerQConfig.from_preset(preset, **overrides)
+        self.config = InnerQConfig.from_preset(preset, **_with_folded_norm(config, overrides))
         self.max_cache_len = max_cache_len
         text_config = config.get_text_config(decoder=True)
         # transformers knows which layer is of which kind; only its plain full-attention layers are replaced.
@@ -280,6 +282,18 @@ class InnerQCache(Cache):
             elif getattr(layer, "keys", None) is not None:
                 total += layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
         return total
+
+
+def _with_folded_norm(config: PreTrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a folded model arrive normalized: its cache must not do it again, nor another cache leave it out."""
+    if mark_of(config) is not None:
+        return {"key_norm": "folded", **overrides}
+    if overrides.get("key_norm") == "folded":
+        raise ValueError(
+            "key_norm='folded' needs a model whose key norm sits in its weights, but this configuration says nothing: "
+            "call innerq_compile.fold_key_norm(model, calibration) first"
+        )
+    return overrides
 
 
 def _why_not_quantized(layer: CacheLayerMixin, text_config: PreTrainedConfig, config: InnerQConfig) -> str | None:
