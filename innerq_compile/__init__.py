@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from innerq_compile.backend import enable, explain
     from innerq_compile.cache import InnerQCache
     from innerq_compile.config import InnerQConfig
+    from innerq_compile.explainer import explain
     from innerq_compile.fold import fold_key_norm
+    from innerq_compile.generation import disable, enable
 
 __version__ = "0.1.0"
-__all__ = ["InnerQCache", "InnerQConfig", "enable", "explain", "fold_key_norm"]
+__all__ = ["InnerQCache", "InnerQConfig", "disable", "enable", "explain", "fold_key_norm"]
 
 _OWNER = {
     "InnerQCache": "cache",
     "InnerQConfig": "config",
-    "enable": "backend",
-    "explain": "backend",
+    "disable": "generation",
+    "enable": "generation",
+    "explain": "explainer",
     "fold_key_norm": "fold",
 }
 
