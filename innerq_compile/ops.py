@@ -96,7 +96,7 @@ DEFAULTS: dict[str, Callable[..., Any]] = {
 }
 """Op -> default implementation: what a kernel calls for a cache that it does not serve."""
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "append_kv": _append_kv_fake,
     "dequantize_kv": _dequantize_kv_fake,
     "decode_attention": _decode_attention_fake,

@@ -75,7 +75,7 @@ INNERQ_INLINE void quantize_hybrid(const Floats* x, const TensorSpec& spec, Quan
     quantize_symmetric(x, spec, symmetric);
     quantize_asymmetric(x, spec, q);
     Ints wide = summed_error(x, symmetric, spec.symmetric_center) < summed_error(x, q, 0);
-    auto narrow = __builtin_convertvector((Words)wide, HalfWords);
+    HalfWords narrow = low_halves((Words)wide);
     for (int i = 0; i < BLOCK; i++) q.codes[i] = wide ? symmetric.codes[i] : q.codes[i];
     q.scale = (symmetric.scale & narrow) | ((q.scale ^ 0x8000) & ~narrow);
     q.zero &= ~narrow;

@@ -34,12 +34,13 @@ constexpr int MAX_HEAD_DIM = 512;
 constexpr int MAX_SPLITS = 16;  // of a head's packed blocks
 constexpr int MIN_SPLIT_BLOCKS = 32;
 constexpr float LOWEST = -std::numeric_limits<float>::max();
-constexpr float LOG2E = 1.44269504088896341f;
+constexpr double LOG2E = 1.44269504088896341;
 constexpr float LOG2_127 = 6.98868468677217f;
 
 enum MaskKind : int64_t { CAUSAL, BOOLEAN, ADDITIVE };
 
-// Online softmax of R query rows: largest score so far, sum of exponentials, weighted sum of values [R][D].
+// Online softmax of R query rows: largest score so far (in units of log 2), sum of exponentials, and weighted sum of
+// values [R][D].
 struct Partial {
     float *largest, *sum, *out;
 };
@@ -56,7 +57,7 @@ struct Head {
     int64_t index() const { return b * g.heads + h; }
 };
 
-// Applies mask and causality to a query row's scores of `count` tokens that start at `token`.
+// Applies mask and causality to a query row's scores (in units of log 2) of `count` tokens that start at `token`.
 void mask_scores(const Head& head, int64_t r, int64_t token, int64_t count, float* scores) {
     const Request& request = head.request;
     int64_t m = head.query_token(r), slot = token + head.row.pads;
@@ -70,13 +71,19 @@ void mask_scores(const Head& head, int64_t r, int64_t token, int64_t count, floa
         const uint8_t* mask = static_cast<const uint8_t*>(request.mask) + offset;
         for (int64_t i = 0; i < visible; i++) scores[i] = mask[i * step] ? scores[i] : -INFINITY;
     } else if (request.mask_kind == ADDITIVE) {
+        // The most negative finite number is a common "no": it must stay finite in units of log 2, as it does here.
         const float* mask = static_cast<const float*>(request.mask) + offset;
-        for (int64_t i = 0; i < visible; i++) scores[i] += mask[i * step];
+        for (int64_t i = 0; i < visible; i++) {
+            float bias = mask[i * step] * (float)LOG2E;
+            scores[i] += bias < LOWEST && mask[i * step] >= LOWEST ? LOWEST : bias;
+        }
     }
 }
 
 // ROWS query rows from row `first` on, against one split.
 template <class T, int ROWS> struct Batch {
+    // (row, block) pairs of a chunk, at least a vector of them
+    static constexpr int PAIRS = ROWS * CHUNK_BLOCKS > LANES ? ROWS * CHUNK_BLOCKS : LANES;
     const Head& head;
     int64_t first, dim;
     Partial state;  // of these rows
@@ -94,10 +101,10 @@ template <class T, int ROWS> struct Batch {
         std::fill(state.out, state.out + ROWS * dim, 0.0f);
     }
 
-    // query = q * sm_scale [* key_norm]
+    // query = q * sm_scale * log2(e) [* key_norm]
     void load_query(const float* norm) {
         const Request& request = head.request;
-        Floats scale = broadcast((float)request.sm_scale);
+        Floats scale = broadcast((float)(request.sm_scale * LOG2E));
         for (int r = 0; r < ROWS; r++) {
             const T* from = static_cast<const T*>(request.query) + head.b * request.query_stride_b +
                             head.query_head(first + r) * request.query_stride_h +
@@ -109,22 +116,36 @@ template <class T, int ROWS> struct Batch {
         }
     }
 
+    // query -> query_fours and query_factors; LANES groups of 32 channels at a time. Group tile * ROWS + r.
     void quantize_query() {
-        for (int64_t tile = 0; tile < dim / BLOCK; tile++) {
-            for (int r = 0; r < ROWS; r++) {
-                const float* q = query + r * dim + tile * BLOCK;
-                Floats largest = {};
-                for (int c = 0; c < BLOCK; c += LANES) largest = max(largest, abs(load_floats(q + c)));
-                float scale = max_lanes(largest) / 127, inverse = scale > 0 ? 1 / scale : 0;
-                int8_t* bytes = reinterpret_cast<int8_t*>(query_fours + (tile * ROWS + r) * 8);
-                Floats total = {};
+        int groups = (int)(dim / BLOCK) * ROWS;
+        for (int first_group = 0; first_group < groups; first_group += LANES) {
+            Floats largest[LANES];
+            Ints totals[LANES];
+            auto group_at = [&](int i) { return std::min(first_group + i, groups - 1); };
+            auto channels = [&](int group) { return query + group % ROWS * dim + group / ROWS * BLOCK; };
+            for (int i = 0; i < LANES; i++) {
+                const float* q = channels(group_at(i));
+                largest[i] = abs(load_floats(q));
+                for (int c = LANES; c < BLOCK; c += LANES) largest[i] = max(abs(load_floats(q + c)), largest[i]);
+            }
+            alignas(VB) float scale[LANES], inverse[LANES], total[LANES];
+            Floats steps = fold_lanes<Max>(largest) / 127;
+            store(scale, steps);
+            store(inverse, steps > 0 ? 1 / steps : Floats{});
+            for (int i = 0; i < LANES; i++) {
+                const float* q = channels(group_at(i));
+                int8_t* bytes = reinterpret_cast<int8_t*>(query_fours + group_at(i) * 8);
+                totals[i] = Ints{} - (BLOCK / LANES) * ROUND_BITS;
                 for (int c = 0; c < BLOCK; c += LANES) {
-                    Ints rounded = round_to_ints(load_floats(q + c) * inverse + 128.0f) - 128;
-                    store(bytes + c, __builtin_convertvector(rounded, Bytes));
-                    total += to_floats(rounded);
+                    Ints rounded = (Ints)(load_floats(q + c) * inverse[i] + ROUND);
+                    store_low_bytes(bytes + c, rounded);
+                    totals[i] += rounded;
                 }
-                float sum = scale * sum_lanes(total);
-                query_factors[tile * ROWS + r] = {scale, sum * head.g.key.symmetric_center, sum};
+            }
+            store(total, to_floats(fold_lanes<Sum>(totals)) * steps);
+            for (int i = 0; i < LANES; i++) {
+                query_factors[group_at(i)] = {scale[i], total[i] * head.g.key.symmetric_center, total[i]};
             }
         }
     }
@@ -142,13 +163,13 @@ template <class T, int ROWS> struct Batch {
     // Makes `largest` the largest score of row r and brings what was summed up before to it.
     void raise_largest(int r, float largest) {
         if (!(largest > state.largest[r])) return;
-        float factor = std::exp(state.largest[r] - largest), *out = state.out + r * dim;
+        float factor = std::exp2(state.largest[r] - largest), *out = state.out + r * dim;
         state.largest[r] = largest;
         state.sum[r] *= factor;
         for (int64_t d = 0; d < dim; d += LANES) store(out + d, load_floats(out + d) * factor);
     }
 
-    // scores -> exp(scores - largest), in place; `count` a multiple of BLOCK.
+    // scores -> 2^(scores - largest), in place; `count` a multiple of BLOCK.
     void softmax_float(int64_t count) {
         for (int r = 0; r < ROWS; r++) {
             float* s = scores + r * CHUNK;
@@ -156,7 +177,7 @@ template <class T, int ROWS> struct Batch {
             for (int64_t i = 0; i < count; i += LANES) largest = max(load_floats(s + i), largest);
             raise_largest(r, max_lanes(largest));
             for (int64_t i = 0; i < count; i += LANES) {
-                Floats p = exp2<5>((load_floats(s + i) - state.largest[r]) * LOG2E);
+                Floats p = exp2<5>(load_floats(s + i) - state.largest[r]);
                 store(s + i, p);
                 sum += p;
             }
@@ -164,40 +185,49 @@ template <class T, int ROWS> struct Batch {
         }
     }
 
-    // scores -> weight_fours, 127 * exp(scores - largest of the block) rounded, and their factors.
+    // scores -> weight_fours, 127 * 2^(scores - largest of the block) rounded, and their factors. The rounded weights
+    // are also what a row's sum is made of, so that they add up to one.
     void softmax_bytes(int blocks) {
+        alignas(VB) float largest[PAIRS], scale[PAIRS], weight[PAIRS];
+        for (int i = 0; i < PAIRS; i += LANES) {
+            Floats folded[LANES];
+            for (int j = 0; j < LANES; j++) {
+                const float* s = scores + (i + j) % (ROWS * CHUNK_BLOCKS) * BLOCK;
+                folded[j] = load_floats(s);
+                for (int k = LANES; k < BLOCK; k += LANES) folded[j] = max(load_floats(s + k), folded[j]);
+            }
+            store(largest + i, max(fold_lanes<Max>(folded), broadcast(LOWEST)));
+        }
         for (int r = 0; r < ROWS; r++) {
-            const float* s = scores + r * CHUNK;
-            alignas(VB) float block_largest[CHUNK_BLOCKS > LANES ? CHUNK_BLOCKS : LANES];
-            Floats chunk_largest = broadcast(LOWEST), sum = {};
-            std::fill(block_largest, std::end(block_largest), LOWEST);
+            const float* of_row = largest + r * CHUNK_BLOCKS;
+            raise_largest(r, *std::max_element(of_row, of_row + blocks));
+            for (int i = 0; i < CHUNK_BLOCKS; i++) scale[r * CHUNK_BLOCKS + i] = of_row[i] - state.largest[r];
+        }
+        Ints totals[PAIRS];
+        for (int r = 0; r < ROWS; r++) {
             for (int i = 0; i < blocks; i++) {
-                Floats largest = broadcast(LOWEST);
-                for (int j = 0; j < BLOCK; j += LANES) largest = max(load_floats(s + i * BLOCK + j), largest);
-                block_largest[i] = max_lanes(largest);
-                chunk_largest = max(largest, chunk_largest);
-            }
-            raise_largest(r, max_lanes(chunk_largest));
-            alignas(VB) float block_scale[CHUNK_BLOCKS > LANES ? CHUNK_BLOCKS : LANES];
-            for (int i = 0; i < CHUNK_BLOCKS; i += LANES) {
-                Floats x = (load_floats(block_largest + i) - state.largest[r]) * LOG2E;
-                store(block_scale + i, exp2<5>(x) * (1.0f / 127));
-            }
-            for (int i = 0; i < blocks; i++) {
+                int pair = r * CHUNK_BLOCKS + i;
                 int8_t* bytes = reinterpret_cast<int8_t*>(weight_fours + (i * ROWS + r) * 8);
-                Ints total = {};
+                Floats shift = broadcast(LOG2_127 - largest[pair]);
+                totals[pair] = Ints{} - (BLOCK / LANES) * ROUND_BITS;
                 for (int j = 0; j < BLOCK; j += LANES) {
-                    Floats x = (load_floats(s + i * BLOCK + j) - block_largest[i]) * LOG2E + LOG2_127;
-                    Floats p = exp2<3>(x);
-                    Ints rounded = round_to_ints(p);
-                    store(bytes + j, __builtin_convertvector(rounded, Bytes));
-                    total += rounded;
-                    sum += p * block_scale[i];
+                    Ints rounded = (Ints)(exp2<3>(load_floats(scores + pair * BLOCK + j) + shift) + ROUND);
+                    store_low_bytes(bytes + j, rounded);
+                    totals[pair] += rounded;
                 }
-                float weight = block_scale[i] * sum_lanes(to_floats(total));
-                weight_factors[i * ROWS + r] = {block_scale[i], weight * head.g.value.symmetric_center, weight};
             }
-            state.sum[r] += sum_lanes(sum);
+        }
+        for (int i = 0; i < PAIRS; i += LANES) {
+            Floats s = exp2<5>(load_floats(scale + i)) * (1.0f / 127);
+            store(scale + i, s);
+            store(weight + i, to_floats(fold_lanes<Sum>(totals + i)) * s);
+        }
+        for (int r = 0; r < ROWS; r++) {
+            for (int i = 0; i < blocks; i++) {
+                float w = weight[r * CHUNK_BLOCKS + i];
+                weight_factors[i * ROWS + r] = {scale[r * CHUNK_BLOCKS + i], w * head.g.value.symmetric_center, w};
+                state.sum[r] += w;
+            }
         }
     }
 
@@ -247,31 +277,57 @@ template <class T, int ROWS> struct Batch {
         }
     }
 
+    // scores of `count` keys [count][D]: LANES dot products, of a few tokens and rows, are finished together.
+    // Meanwhile the values are fetched, which are then read by columns.
+    void score_window(const T* keys, const T* values, int64_t count) {
+        constexpr int AT_ONCE = ROWS < LANES ? ROWS : LANES, TOKENS = LANES / AT_ONCE;
+        for (int64_t t = 0; t < count; t += TOKENS) {
+            const T* token[TOKENS];
+            for (int i = 0; i < TOKENS; i++) token[i] = keys + std::min(t + i, count - 1) * dim;
+            for (int first_row = 0; first_row < ROWS; first_row += AT_ONCE) {
+                Floats sums[LANES] = {};
+                for (int64_t d = 0; d < dim; d += LANES) {
+                    for (int i = 0; i < TOKENS; i++) {
+                        __builtin_prefetch(values + (t + i) * dim + d);
+                        Floats k = load_floats(token[i] + d);
+                        for (int r = 0; r < AT_ONCE; r++) {
+                            sums[i * AT_ONCE + r] += k * load_floats(query + (first_row + r) * dim + d);
+                        }
+                    }
+                }
+                alignas(VB) float folded[LANES];
+                store(folded, fold_lanes<Sum>(sums));
+                for (int i = 0; i < LANES; i++) {
+                    scores[(first_row + i % AT_ONCE) * CHUNK + t + i / AT_ONCE] = folded[i];
+                }
+            }
+        }
+    }
+
     // Tokens [token, token + count) that lie side by side in the windows.
     void window_chunk(int64_t token, int64_t count) {
         const Geometry& g = head.g;
         int64_t offset = (head.index() * (g.sink + g.recent + g.flush) + window_slot(g, token)) * dim;
         const T* keys = static_cast<const T*>(head.buffers.k_window) + offset;
         const T* values = static_cast<const T*>(head.buffers.v_window) + offset;
-        for (int64_t t = 0; t < count; t++) {
-            Floats sum[ROWS] = {};
-            for (int64_t d = 0; d < dim; d += LANES) {
-                Floats k = load_floats(keys + t * dim + d);
-                for (int r = 0; r < ROWS; r++) sum[r] += k * load_floats(query + r * dim + d);
-            }
-            for (int r = 0; r < ROWS; r++) scores[r * CHUNK + t] = sum_lanes(sum[r]);
-        }
+        score_window(keys, values, count);
         int64_t padded = (count + BLOCK - 1) / BLOCK * BLOCK;
         mask_all(token, count, padded);
         softmax_float(padded);
-        for (int64_t d = 0; d < dim; d += LANES) {
-            Floats sum[ROWS];
-            for (int r = 0; r < ROWS; r++) sum[r] = load_floats(state.out + r * dim + d);
-            for (int64_t t = 0; t < count; t++) {
-                Floats v = load_floats(values + t * dim + d);
-                for (int r = 0; r < ROWS; r++) sum[r] += v * scores[r * CHUNK + t];
+        for (int64_t d = 0; d < dim; d += 2 * LANES) {
+            Floats sum[ROWS][2];
+            for (int r = 0; r < ROWS; r++) {
+                for (int i = 0; i < 2; i++) sum[r][i] = load_floats(state.out + r * dim + d + i * LANES);
             }
-            for (int r = 0; r < ROWS; r++) store(state.out + r * dim + d, sum[r]);
+            for (int64_t t = 0; t < count; t++) {
+                Floats v[2] = {load_floats(values + t * dim + d), load_floats(values + t * dim + d + LANES)};
+                for (int r = 0; r < ROWS; r++) {
+                    for (int i = 0; i < 2; i++) sum[r][i] += v[i] * scores[r * CHUNK + t];
+                }
+            }
+            for (int r = 0; r < ROWS; r++) {
+                for (int i = 0; i < 2; i++) store(state.out + r * dim + d + i * LANES, sum[r][i]);
+            }
         }
     }
 
@@ -363,7 +419,7 @@ template <class T> struct Attention {
             alignas(VB) float sum[MAX_HEAD_DIM] = {};
             for (int64_t i = 0; i < count; i++) {
                 Partial p = partial(first + i);
-                float factor = std::exp(p.largest[r] - largest);
+                float factor = std::exp2(p.largest[r] - largest);
                 total += factor * p.sum[r];
                 for (int64_t d = 0; d < g.head_dim; d += LANES) {
                     store(sum + d, load_floats(sum + d) + load_floats(p.out + r * g.head_dim + d) * factor);

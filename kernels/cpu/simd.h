@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if !defined(INNERQ_PLAIN) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if !defined(INNERQ_PLAIN) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 #define INNERQ_AVX512 1
 #include <immintrin.h>
 #elif !defined(INNERQ_PLAIN) && defined(__AVX2__) && defined(__F16C__)
@@ -34,7 +34,6 @@ typedef float Floats __attribute__((vector_size(VB)));
 typedef int32_t Ints __attribute__((vector_size(VB)));
 typedef uint32_t Words __attribute__((vector_size(VB)));
 typedef uint16_t HalfWords __attribute__((vector_size(VB / 2)));
-typedef int8_t Bytes __attribute__((vector_size(VB / 4)));
 
 #define INNERQ_INLINE inline __attribute__((always_inline))
 
@@ -50,31 +49,98 @@ template <class V> INNERQ_INLINE void store(void* p, V v) { std::memcpy(p, &v, s
 
 INNERQ_INLINE Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
-// A float in [0, 2^22), rounded half to even, as an integer: the sum with 1.5 * 2^23 has it in its low bits.
+// A float in [0, 2^22), rounded half to even: its sum with ROUND = 1.5 * 2^23 has it in the low bits.
 constexpr float ROUND = 12582912.0f;
+constexpr int32_t ROUND_BITS = 0x4b400000;
 INNERQ_INLINE Ints round_to_ints(Floats v) { return (Ints)(v + ROUND) & 0x3fffff; }
+
+// The low byte or half of each lane. (Left to itself the compiler moves them one by one.)
+INNERQ_INLINE void store_low_bytes(int8_t* p, Ints v) {
+#if defined(INNERQ_AVX512)
+    store(p, _mm512_cvtepi32_epi8((__m512i)v));
+#elif defined(INNERQ_AVX2)
+    __m256i order = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                     -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1);
+    __m256i bytes = _mm256_shuffle_epi8((__m256i)v, order);
+    __m128i both = _mm_or_si128(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    _mm_storel_epi64((__m128i*)p, both);
+#else
+    for (int i = 0; i < LANES; i++) p[i] = (int8_t)v[i];
+#endif
+}
+INNERQ_INLINE HalfWords low_halves(Words v) {
+#if defined(INNERQ_AVX512)
+    return (HalfWords)_mm512_cvtepi32_epi16((__m512i)v);
+#else
+    return __builtin_convertvector(v, HalfWords);
+#endif
+}
 
 INNERQ_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 INNERQ_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
 INNERQ_INLINE Floats abs(Floats v) { return (Floats)((Ints)v & 0x7fffffff); }
 
 INNERQ_INLINE float sum_lanes(Floats v) {
-#if defined(INNERQ_AVX512)
-    return _mm512_reduce_add_ps((__m512)v);
-#else
     float total = 0;
     for (int i = 0; i < LANES; i++) total += v[i];
     return total;
-#endif
 }
-
 INNERQ_INLINE float max_lanes(Floats v) {
-#if defined(INNERQ_AVX512)
-    return _mm512_reduce_max_ps((__m512)v);
-#else
     float best = v[0];
     for (int i = 1; i < LANES; i++) best = v[i] > best ? v[i] : best;
     return best;
+}
+
+#if defined(__clang__)
+#define INNERQ_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define INNERQ_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
+#endif
+
+struct Sum {
+    template <class V> static INNERQ_INLINE V of(V a, V b) { return a + b; }
+};
+struct Max {
+    static INNERQ_INLINE Floats of(Floats a, Floats b) { return max(a, b); }
+};
+
+// Folds LANES vectors into one: lane i becomes Op over the lanes of v[i]. Three instructions where one reduction after
+// the other takes eight; v is overwritten.
+template <class Op, class V> INNERQ_INLINE V fold_lanes(V* v) {
+    int n = LANES / 2;
+#if defined(INNERQ_AVX512)
+    for (int i = 0; i < n; i++) {
+        V a = INNERQ_SHUFFLE(v[i], v[i + n], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        V b = INNERQ_SHUFFLE(v[i], v[i + n], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        v[i] = Op::of(a, b);
+    }
+    n /= 2;
+    for (int i = 0; i < n; i++) {
+        V a = INNERQ_SHUFFLE(v[i], v[i + n], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+        V b = INNERQ_SHUFFLE(v[i], v[i + n], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+        v[i] = Op::of(a, b);
+    }
+    n /= 2;
+    for (int i = 0; i < n; i++) {
+        V a = INNERQ_SHUFFLE(v[i], v[i + n], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+        V b = INNERQ_SHUFFLE(v[i], v[i + n], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+        v[i] = Op::of(a, b);
+    }
+    V a = INNERQ_SHUFFLE(v[0], v[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+    V b = INNERQ_SHUFFLE(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    return Op::of(a, b);
+#else
+    V result = {};
+    for (int i = 0; i < LANES; i++) {
+        V folded = v[i];
+        for (int width = n; width > 0; width /= 2) {
+            V moved = {};
+            for (int j = 0; j < width; j++) moved[j] = folded[j + width];
+            folded = Op::of(folded, moved);
+        }
+        result[i] = folded[0];
+    }
+    return result;
 #endif
 }
 
@@ -122,7 +188,7 @@ INNERQ_INLINE HalfWords to_half(Floats v) {
     Words result = magnitude < (113u << 23) ? subnormal : normal;
     result = magnitude >= (143u << 23) ? broadcast(0x7c00u) : result;
     result = magnitude > 0x7f800000u ? broadcast(0x7e00u) : result;
-    return __builtin_convertvector(result | sign, HalfWords);
+    return low_halves(result | sign);
 #endif
 }
 
@@ -132,14 +198,30 @@ INNERQ_INLINE void store_floats(BFloat* p, Floats v) {
     Words w = (Words)v;
     Words rounded = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
     rounded = (w & 0x7fffffffu) > 0x7f800000u ? broadcast(0x7fc0u) : rounded;
-    store(p, __builtin_convertvector(rounded, HalfWords));
+    store(p, low_halves(rounded));
 }
 
 // --- 2^x ------------------------------------------------------------------------------------------------------------
 
-// 2^x for x <= 127; relative error 7.5e-5 with DEGREE 3, 7.5e-8 with DEGREE 5 (minimax fits on [-1/2, 1/2]).
-// Below -126 the result is 0. NaN gives NaN.
+// 2^x for x <= 127; relative error about 1e-4 with DEGREE 3, 2e-7 with DEGREE 5 (minimax fits on an interval of length
+// one). Far below the smallest normal number the result is 0. NaN gives NaN.
 template <int DEGREE> INNERQ_INLINE Floats exp2(Floats x) {
+#if defined(INNERQ_AVX512)
+    // vscalefps multiplies by 2^floor(x), so the fraction lies in [0, 1).
+    Floats f = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC), p;
+    if (DEGREE == 3) {
+        p = 0.2260672965453973f + f * 0.07802442349160187f;
+        p = 0.6958334920387789f + f * p;
+        p = 0.9999252208411658f + f * p;
+    } else {
+        p = 0.008989342838548377f + f * 0.001877575539723325f;
+        p = 0.05582631574709766f + f * p;
+        p = 0.2401536178234855f + f * p;
+        p = 0.6931530731100074f + f * p;
+        p = 0.9999999250651368f + f * p;
+    }
+    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
     Floats whole = (x < -126.0f ? broadcast(-126.0f) : x) + ROUND;
     Floats f = x - (whole - ROUND), p;
     if (DEGREE == 3) {
@@ -155,6 +237,7 @@ template <int DEGREE> INNERQ_INLINE Floats exp2(Floats x) {
     }
     Floats result = (Floats)((Ints)p + ((Ints)whole << 23));
     return x < -126.0f ? Floats{} : result;
+#endif
 }
 
 // --- integer dot product --------------------------------------------------------------------------------------------
