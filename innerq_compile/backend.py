@@ -17,12 +17,16 @@ import torch._inductor.config
 from torch import fx
 
 from innerq_compile.passes import run_passes
+from innerq_compile.passes.fold_captured import fold_captured
 
 logger = logging.getLogger(__name__)
 
-OWN_OPTIONS: dict[str, bool] = {"fuse": True, "exact": False}
+OWN_OPTIONS: dict[str, Any] = {"fuse": True, "exact": False, "key_norm": "runtime"}
 """Options that are ours, with their defaults. ``fuse`` rewrites the graph; ``exact`` forbids kernels to round queries
-and probabilities to integers. Every other key belongs to ``torch._inductor.config``."""
+and probabilities to integers; ``key_norm="folded"`` folds the key norm into the model's weights, in place, with the
+first prompt that is compiled. Every other key belongs to ``torch._inductor.config``."""
+
+CHOICES: dict[str, tuple[Any, ...]] = {"fuse": (True, False), "exact": (True, False), "key_norm": ("runtime", "folded")}
 
 
 def innerq(
@@ -43,10 +47,12 @@ def innerq(
         options: Keys of :data:`OWN_OPTIONS` and of ``torch._inductor.config``.
 
     Raises:
-        ValueError: An option that neither side knows, or an own option that is no bool.
+        ValueError: An option that neither side knows, or a value that an own option does not have.
     """
     own, inductor = split_options(options or {})
     patches = {**mode_options(mode), **inductor}
+    if own["key_norm"] == "folded":
+        fold_captured(gm, example_inputs)
     if own["fuse"]:
         report = run_passes(gm, exact=own["exact"])
         logger.info("%s", report)
@@ -71,17 +77,18 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     return dict(modes[mode]) if mode else {}
 
 
-def split_options(options: Mapping[str, Any]) -> tuple[dict[str, bool], dict[str, Any]]:
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Own options, defaults filled in, and Inductor's.
 
     Raises:
-        ValueError: An unknown key, or an own option that is no bool.
+        ValueError: An unknown key, or a value that an own option does not have.
     """
     own, inductor = dict(OWN_OPTIONS), {}
     for key, value in options.items():
         if key in OWN_OPTIONS:
-            if not isinstance(value, bool):
-                raise ValueError(f"option {key!r} must be True or False, got {value!r}")
+            if not isinstance(value, type(OWN_OPTIONS[key])) or value not in CHOICES[key]:
+                expected = " or ".join(map(str, CHOICES[key]))
+                raise ValueError(f"option {key!r} must be {expected}, got {value!r}")
             own[key] = value
         else:
             inductor[key.replace("-", "_")] = value

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from innerq_compile.passes.key_sites import CACHE_WRITES, CHECKS, KeySite, base_name
-from innerq_compile.passes.tie_channels import TiedChannels
+from innerq_compile.passes.tie_channels import TiedChannels, memory_of
 from innerq_compile.passes.trace_projections import Channels, FoldRefused
 from innerq_compile.passes.traced_graph import ACTIVATION, PARAMETER, TracedGraph
 
@@ -41,7 +41,8 @@ def check_parameter_readers(
                     raise FoldRefused(f"{traced.names[parameter]} is also read by {base_name(user)}: tied weights")
         span = _span(traced.tensors[parameter])
         for other in traced.names:
-            if other not in tensors and _overlap(span, _span(traced.tensors[other])):
+            same = memory_of(traced.tensors[other]) == memory_of(traced.tensors[parameter])
+            if not same and _overlap(span, _span(traced.tensors[other])):
                 raise FoldRefused(f"{traced.names[parameter]} shares its memory with {traced.names[other]}")
 
 
@@ -75,7 +76,7 @@ def check_other_readers(
     after = {}
     for node, scaling in scalings.items():
         tensor = traced.tensors[scaling.parameters[0].node]
-        first = tied.parameters[tensor.data_ptr(), tensor.shape, tensor.stride()].first
+        first = tied.parameters[memory_of(tensor)].first
         slot_factor = factor[first : first + scaling.num_slots][scaling.slots]
         after[node] = before[node] * slot_factor.to(before[node])
     wanted = list(readers)
@@ -103,8 +104,12 @@ def check_equal(
     Raises:
         FoldRefused: The error exceeds the budget.
     """
-    skipped = {site.key for site in sites}
-    outputs = [node for node in traced.outputs if node not in skipped and base_name(node) not in CACHE_WRITES]
+    kinds, keys = traced.kinds(), {site.key for site in sites}
+    outputs = [
+        node
+        for node in traced.outputs
+        if kinds[node] == ACTIVATION and node not in keys and base_name(node) not in CACHE_WRITES
+    ]
     old, new, noisy = (_floats(traced.evaluate(outputs, {**batch, **given})) for given in ({}, tensors, rounded))
     error, noise = _relative_error(old, new), _relative_error(old, noisy)
     eps = max((torch.finfo(tensor.dtype).eps for tensor in tensors.values()), default=0.0)

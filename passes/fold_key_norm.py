@@ -20,7 +20,7 @@ from innerq_compile.passes.check_fold import check_equal, check_other_readers, c
 from innerq_compile.passes.key_factors import FactorSettings, measure_keys
 from innerq_compile.passes.key_sites import KeySite, key_sites
 from innerq_compile.passes.probe_channels import probe_channels, region_inputs
-from innerq_compile.passes.tie_channels import ParameterSlots, TiedChannels
+from innerq_compile.passes.tie_channels import ParameterSlots, TiedChannels, memory_of
 from innerq_compile.passes.trace_projections import Channels, FoldRefused, trace_projections
 from innerq_compile.passes.traced_graph import TracedGraph
 
@@ -168,7 +168,7 @@ def _fold_tensors(
             new = scale_parameter(parameter, own)
             back = scale_parameter(dataclasses.replace(parameter, tensor=new), 1 / own)
             for node in traced.names:
-                if traced.tensors[node] is parameter.tensor:
+                if memory_of(traced.tensors[node]) == memory_of(parameter.tensor):
                     folded[node], rounded[node] = new, back
     return folded, rounded
 

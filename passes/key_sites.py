@@ -6,10 +6,11 @@ import dataclasses
 import operator
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 
 from innerq_compile import ops
-from innerq_compile.passes.canonicalize import AttentionCall, op_name, read_attention, repeats_heads
+from innerq_compile.passes.canonicalize import AttentionCall, read_attention, repeats_heads
 from innerq_compile.passes.match import module_path
 
 CACHE_WRITES = frozenset({"append_kv", "index_copy", "index_copy_", "cat"})
@@ -79,7 +80,11 @@ def new_keys(key: fx.Node) -> fx.Node:
 
 def base_name(node: fx.Node) -> str:
     """What a node does, without the overload: ``mul`` for ``torch.mul``, ``x.mul`` and ``aten.mul.Tensor``."""
-    return op_name(node).split(".")[0]
+    if node.op not in {"call_function", "call_method"}:
+        return node.op
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[-1]
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def _is_cached(past: object) -> bool:

@@ -12,8 +12,12 @@ from innerq_compile.passes.traced_graph import TracedGraph
 KEY, QUERY = -1, 1
 """Role of a parameter slot: a key's is divided by the factor of its group, a query's multiplied."""
 
-Region = tuple[int, torch.Size, tuple[int, ...]]
-"""What identifies a tensor, whatever it is called: address, shape, strides."""
+Memory = tuple[int, torch.Size, tuple[int, ...]]
+
+
+def memory_of(tensor: torch.Tensor) -> Memory:
+    """What identifies a tensor, whatever it is called: address, shape, strides."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 class Groups:
@@ -58,7 +62,7 @@ class TiedChannels:
     def __init__(self, traced: TracedGraph) -> None:
         self.traced = traced
         self.groups = Groups()
-        self.parameters: dict[Region, ParameterSlots] = {}
+        self.parameters: dict[Memory, ParameterSlots] = {}
         self.roles: dict[int, set[int]] = {}
         self.sites: list[tuple[int, tuple[int, int]]] = []
         self._fed: dict[int, set[int]] = {}
@@ -93,11 +97,11 @@ class TiedChannels:
 
     def _slots(self, parameter: ScaledParameter, count: int) -> ParameterSlots:
         tensor = self.traced.tensors[parameter.node]
-        region = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if region not in self.parameters:
+        memory = memory_of(tensor)
+        if memory not in self.parameters:
             name, first = self.traced.names[parameter.node], self.groups.add(count)
-            self.parameters[region] = ParameterSlots(name, tensor, parameter.axis, parameter.offset, first, count)
-        known = self.parameters[region]
+            self.parameters[memory] = ParameterSlots(name, tensor, parameter.axis, parameter.offset, first, count)
+        known = self.parameters[memory]
         if (known.axis, known.offset, known.count) != (parameter.axis, parameter.offset, count):
             raise FoldRefused(f"{known.name} scales channels in two different ways")
         return known

@@ -75,7 +75,7 @@ class TestOptions:
 
     def test_unknown_option_is_refused_by_name(self):
         with pytest.raises(
-            ValueError, match=r"unknown options \['bits'\].*own are \['exact', 'fuse'\].*_inductor.config"
+            ValueError, match=r"unknown options \['bits'\].*own are \['exact', 'fuse', 'key_norm'\].*_inductor.config"
         ):
             backend.split_options({"bits": 3})
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
+from torch import fx, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from innerq_compile import InnerQCache, fold_key_norm
+from innerq_compile import InnerQCache, fold_key_norm, ops
 from innerq_compile.fold import KeyNormFold
 from innerq_compile.folded import CONFIG_KEY, check_folded
+from innerq_compile.passes import run_passes
+from innerq_compile.passes.fold_captured import fold_captured
 from innerq_compile.passes.trace_projections import FoldRefused
 
 COMMON = {
@@ -404,6 +406,101 @@ def test_graph_module_is_folded_in_place() -> None:
     assert not torch.equal(state(gm)[next(iter(handle.originals))], before[next(iter(handle.originals))])
     handle.restore()
     assert_untouched(gm, before)
+
+
+class TestCompiled:
+    """The same inside torch.compile, with the first prompt as calibration."""
+
+    @pytest.fixture(autouse=True)
+    def fresh(self):
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    @staticmethod
+    def generate(model: PreTrainedModel, **settings: object) -> torch.Tensor:
+        cache = InnerQCache(model.config, max_cache_len=256, sink=0, recent=32, **settings)
+        prompt = TOKENS.reshape(1, -1)
+        out = model.generate(
+            prompt,
+            max_new_tokens=40,
+            do_sample=False,
+            past_key_values=cache,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        return torch.stack(out.logits)
+
+    @staticmethod
+    def compile_recording(model: PreTrainedModel) -> list[fx.GraphModule]:
+        """Compiles with the passes alone and keeps their graphs."""
+        graphs = []
+
+        def backend(gm: fx.GraphModule, example_inputs: list[torch.Tensor]) -> object:
+            fold_captured(gm, example_inputs)
+            run_passes(gm)
+            graphs.append(gm)
+            return gm.forward
+
+        model.compile(backend=backend)
+        return graphs
+
+    def test_first_prompt_folds_and_every_graph_knows(self) -> None:
+        model = build("llama")
+        before, expected = state(model), self.generate(model, key_bits=8)
+        graphs = self.compile_recording(model)
+        found = self.generate(model, key_bits=8)
+        assert not torch.equal(
+            model.model.layers[0].self_attn.k_proj.weight, before["model.layers.0.self_attn.k_proj.weight"]
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.01 * float(expected.abs().max()))
+        specs = [spec for gm in graphs for node in gm.graph.nodes for spec in node.args if "key_norm=" in str(spec)]
+        assert len(graphs) == 2
+        assert len(specs) == 2 + 4  # append_kv in the prompt's graph, append_kv and decode_attention in the other
+        assert all("key_norm=folded" in spec for spec in specs)
+        folded = state(model)
+        self.generate(model)  # another prompt changes nothing any more
+        assert all(torch.equal(tensor, folded[name]) for name, tensor in model.state_dict().items())
+
+    def test_folded_decode_graph_is_the_graph_without_any_norm(self) -> None:
+        """No multiplication is left: node for node the graph of a cache that does not normalize."""
+        decode = []
+        for folded in (False, True):
+            model = build("llama")
+            if folded:
+                fold(model)
+            torch._dynamo.reset()
+            graphs = []
+            model.compile(backend=lambda gm, _, graphs=graphs: (run_passes(gm), graphs.append(gm), gm.forward)[-1])
+            self.generate(model, **({} if folded else {"key_norm": "off"}))
+            decode.append([(n.op, str(n.target)) for n in graphs[-1].graph.nodes])
+            spec = next(n.args[-2] for n in graphs[-1].graph.nodes if n.target is ops.decode_attention)
+            assert ("key_norm=folded" if folded else "key_norm=off") in spec
+        assert decode[0] == decode[1]
+
+    def test_what_cannot_be_folded_keeps_its_norm_and_says_why(self, caplog) -> None:
+        model = build("llama")
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight = nn.Parameter(layer.self_attn.q_proj.weight[:64].repeat(2, 1))
+            layer.self_attn.k_proj.weight = nn.Parameter(layer.self_attn.q_proj.weight.data[:64])
+        before = state(model)
+        graphs = self.compile_recording(model)
+        self.generate(model)
+        assert "the key norm stays at run time: " in caplog.text
+        assert "shares its memory" in caplog.text
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert "key_norm=runtime" in str(graphs[-1].graph)
+
+    @pytest.mark.slow
+    def test_option_of_the_backend(self) -> None:
+        model = build("llama")
+        before, expected = state(model), self.generate(model, key_bits=8)
+        model.compile(backend="innerq", options={"key_norm": "folded"})
+        found = self.generate(model, key_bits=8)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.01 * float(expected.abs().max()))
+        assert not torch.equal(
+            model.model.layers[0].self_attn.k_proj.weight, before["model.layers.0.self_attn.k_proj.weight"]
+        )
 
 
 def test_handle_tells_what_was_done() -> None:

@@ -1,0 +1,84 @@
+"""The key norm inside ``torch.compile(..., options={"key_norm": "folded"})``: folded with the first compiled prompt.
+
+Dynamo hands the real parameters and the real first prompt to the backend. The graph of that prompt calibrates and folds
+in place; every later graph over the same parameters (the decode step, another batch size) only has its cache ops told
+that keys arrive normalized. A cache that was filled otherwise stays right: its own ``key_norm`` buffer says what its
+codes were divided by.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.weak import WeakIdKeyDictionary
+
+from innerq_compile import ops
+from innerq_compile.config import InnerQConfig
+from innerq_compile.passes.fold_key_norm import fold_key_norm
+from innerq_compile.passes.trace_projections import FoldRefused, trace_projections
+from innerq_compile.passes.traced_graph import TracedGraph
+
+logger = logging.getLogger(__name__)
+
+_folded = WeakIdKeyDictionary()
+"""Parameters that hold a folded norm."""
+
+
+def fold_captured(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> int:
+    """Folds the parameters of a prompt's graph, or recognises folded ones, and marks the cache ops accordingly.
+
+    What cannot be folded keeps its run-time norm, and one warning says why.
+
+    Args:
+        gm: A graph as Dynamo hands it to a backend; the settings in its ``innerq`` ops are changed.
+        example_inputs: Its inputs: ``nn.Parameter`` where the graph takes one; changed in place when folded.
+
+    Returns:
+        How many layers' cache ops now carry ``key_norm=folded``.
+    """
+    appends = gm.graph.find_nodes(op="call_function", target=ops.append_kv)
+    if not appends:
+        return 0
+    traced = TracedGraph.from_graph(gm, example_inputs)
+    reads = gm.graph.find_nodes(op="call_function", target=ops.dequantize_kv)
+    try:
+        projected = [_parameters(traced, node) for node in appends]
+        if not reads and not any(p in _folded for parameters in projected for p in parameters):
+            _fold(traced, dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)))
+    except FoldRefused as refusal:
+        logger.warning("the key norm stays at run time: %s", refusal)
+        return 0
+    marked = 0
+    for append, parameters in zip(appends, projected, strict=True):
+        if any(parameter in _folded for parameter in parameters):
+            codes = append.args[2]
+            for node in (append, *(read for read in reads if read.args[0] is codes)):
+                _tell_folded(node)
+            marked += 1
+    gm.recompile()
+    return marked
+
+
+def _parameters(traced: TracedGraph, append: fx.Node) -> list[torch.Tensor]:
+    channels = trace_projections(traced, traced.kinds(), append.args[0])  # type: ignore[arg-type]
+    return [traced.tensors[p.node] for scaling in channels.scalings for p in scaling.parameters]
+
+
+def _fold(traced: TracedGraph, values: dict[fx.Node, Any]) -> None:
+    batch = {node: values[node] for node in traced.inputs}
+    if any(isinstance(value, torch.SymInt) for value in batch.values()):
+        raise FoldRefused("the first prompt is compiled with dynamic shapes")
+    for node, new in fold_key_norm(traced, [batch]).tensors.items():
+        traced.tensors[node].data.copy_(new)
+        _folded[traced.tensors[node]] = True
+
+
+def _tell_folded(node: fx.Node) -> None:
+    *arguments, spec = node.args
+    config = dataclasses.replace(InnerQConfig.from_spec(str(spec)), key_norm="folded")
+    node.args = (*arguments, config.spec)
