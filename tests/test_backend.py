@@ -70,7 +70,7 @@ class TestReach:
 class TestOptions:
     def test_own_and_inductor_options_are_told_apart(self):
         own, inductor = backend.split_options({"exact": True, "triton.cudagraphs": False, "max-autotune": True})
-        assert own == {"fuse": True, "exact": True}
+        assert own == {"fuse": True, "exact": True, "key_norm": "runtime"}
         assert inductor == {"triton.cudagraphs": False, "max_autotune": True}
 
     def test_unknown_option_is_refused_by_name(self):
@@ -83,6 +83,11 @@ class TestOptions:
     def test_own_option_must_be_a_bool(self, value):
         with pytest.raises(ValueError, match="option 'fuse' must be True or False, got"):
             backend.split_options({"fuse": value})
+
+    @pytest.mark.parametrize("value", [True, "off", None])
+    def test_key_norm_is_at_run_time_or_folded(self, value):
+        with pytest.raises(ValueError, match="option 'key_norm' must be runtime or folded, got"):
+            backend.split_options({"key_norm": value})
 
     def test_unknown_option_is_refused_through_torch_compile(self):
         torch._dynamo.reset()
