@@ -126,7 +126,7 @@ def _match_site(dequantize: fx.Node) -> DecodeSite | Refusal:
             capacity=capacity,
             spec=spec,
         )
-        _check_call(call)
+        _check_call(call, site.views)
         _check_shapes(site, call)
         mutation = first_mutation(site.state, after=dequantize, before=attention)
         if mutation is not None:
@@ -182,7 +182,9 @@ def _sm_scale(call: AttentionCall) -> float:
     return float(call.scale)
 
 
-def _check_call(call: AttentionCall) -> None:
+def _check_call(call: AttentionCall, views: tuple[fx.Node, ...]) -> None:
+    if call.query in views or call.attn_mask in views:
+        raise _Mismatch("the cache is also the query or the mask of its attention")
     if call.dropout_p != 0.0:
         raise _Mismatch(f"dropout_p = {call.dropout_p}")
     if call.is_causal is not False:
@@ -194,8 +196,8 @@ def _check_call(call: AttentionCall) -> None:
 def _check_shapes(site: DecodeSite, call: AttentionCall) -> None:
     query, mask = _shape_of(call.query, "query"), _shape_of(call.attn_mask, "mask")
     keys, key_heads = _shape_of(site.views[0], "keys"), _shape_of(call.key, "keys")[1]
-    if value_of(call.query).requires_grad:
-        raise _Mismatch("the query needs a gradient; decode under torch.no_grad() or torch.inference_mode()")
+    if value_of(call.query).requires_grad or value_of(call.attn_mask).requires_grad:
+        raise _Mismatch("query or mask need a gradient; decode under torch.no_grad() or torch.inference_mode()")
     if value_of(call.query).dtype != value_of(call.key).dtype:
         raise _Mismatch(f"query of {value_of(call.query).dtype}, keys of {value_of(call.key).dtype}")
     if len(query) != 4 or not statically_known_true(query[0] == keys[0]) or query[3] != keys[3]:

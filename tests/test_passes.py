@@ -312,6 +312,12 @@ def swapped(query, key, value, mask, state):
     return attend(query, values, keys, mask)
 
 
+def queries_itself(query, key, value, mask, state):
+    append(key, value, state)
+    keys, values = dequantize(state)
+    return F.scaled_dot_product_attention(keys, keys, values, attn_mask=mask)
+
+
 def two_caches(query, key, value, mask, state):
     keys, values = dequantize(state)
     other = LayerState(*(buffer.clone() for buffer in state))
@@ -356,6 +362,7 @@ NEAR_MISSES = [
     (foreign_slice, "getitem stands between"),
     (heads_in_another_order, "getitem stands between"),
     (swapped, "do not stand as keys and values"),
+    (queries_itself, "also the query"),
     (appended_in_between, "append_kv changes the cache between its read and the attention"),
     (cropped_in_between, "sub_ changes the cache"),
     (eager_attention, 'attn_implementation="sdpa"'),
@@ -389,7 +396,7 @@ def test_scale_that_is_symbolic_is_left_alone():
 def test_query_that_needs_a_gradient_is_left_alone():
     weight = torch.ones(1, requires_grad=True)
     captured = Captured(lambda query, *rest: decode_step(query * weight, *rest), inputs(), grad=True)
-    assert "needs a gradient" in captured.reason
+    assert "need a gradient" in captured.reason
 
 
 def test_mask_that_does_not_broadcast_is_refused():
