@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import fx
 
 from innerq_compile.passes import run_passes
