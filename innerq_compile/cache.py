@@ -240,7 +240,7 @@ class InnerQCache(Cache):
         if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
             raise ValueError(f"max_cache_len must be a positive integer or None, got {max_cache_len!r}")
         self.config = InnerQConfig.from_preset(preset, **_with_folded_norm(config, overrides))
-        self.max_cache_len = max_cache_len
+        self._max_cache_len = max_cache_len
         text_config = config.get_text_config(decoder=True)
         # transformers knows which layer is of which kind; only its plain full-attention layers are replaced.
         fixed_len = max_cache_len or getattr(text_config, "max_position_embeddings", None) or MIN_CAPACITY
@@ -255,6 +255,11 @@ class InnerQCache(Cache):
             else:
                 layers.append(InnerQLayer(self.config, max_cache_len))
         super().__init__(layers=layers)
+
+    @property
+    def max_cache_len(self) -> int | None:
+        """Capacity in tokens; ``None`` for a cache that grows."""
+        return self._max_cache_len
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(key length, offset) that the attention mask of layer ``layer_idx`` must have.

@@ -13,6 +13,9 @@ from innerq_compile.backend import mode_options
 from innerq_compile.cache import InnerQCache
 
 MIN_CAPACITY = 512
+CAPACITIES_PER_DOUBLING = 8
+"""A cache that ``enable`` sizes is at most an eighth larger than its call needs, and few sizes ever compile."""
+
 _SWITCH = "_innerq_switch"
 _HOOK = "_prepare_cache_for_generation"
 
@@ -42,8 +45,8 @@ def enable(
 
     Args:
         preset: Settings of the cache, see :data:`innerq_compile.config.PRESETS`.
-        max_cache_len: Capacity of the cache in tokens. ``None`` sizes each cache for its call, rounded up to a power of
-            two, so that few capacities ever compile.
+        max_cache_len: Capacity of the cache in tokens. ``None`` sizes each cache for its call, rounded up so that few
+            capacities ever compile.
         exact: Forbids kernels to round queries and probabilities to integers.
         mode: One of Inductor's modes, ``"reduce-overhead"`` for instance.
         **overrides: Single settings of :class:`~innerq_compile.config.InnerQConfig`.
@@ -123,7 +126,8 @@ def _prepare_cache(
 
 def _capacity(needed: int, max_cache_len: int | None) -> int:
     if max_cache_len is None:
-        return max(MIN_CAPACITY, 1 << (needed - 1).bit_length())
+        step = max(MIN_CAPACITY, 1 << (needed - 1).bit_length()) // (2 * CAPACITIES_PER_DOUBLING)
+        return max(MIN_CAPACITY, -(-needed // step) * step)
     if needed > max_cache_len:
         raise ValueError(
             f"this generate() call may need {needed} tokens of cache, enable() was given max_cache_len={max_cache_len}"

@@ -37,7 +37,7 @@ class TestEnable:
         assert tiny_model.generation_config.compile_config.options == {"exact": False, "triton.cudagraphs": True}
 
     @pytest.mark.parametrize(
-        ("needed", "capacity"), [(1, MIN_CAPACITY), (512, 512), (513, 1024), (1024, 1024), (3000, 4096)]
+        ("needed", "capacity"), [(1, MIN_CAPACITY), (512, 512), (513, 576), (1024, 1024), (3000, 3072)]
     )
     def test_capacity_is_rounded_up(self, tiny_model, needed, capacity):
         cache = chosen_cache(enable(tiny_model, preset="small", recent=64), needed)
