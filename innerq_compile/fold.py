@@ -84,6 +84,7 @@ def fold_key_norm(
     *,
     statistic: str = "max",
     strength: float = 0.5,
+    query_strength: float = 0.0,
     power_of_two: bool = False,
     off_below: float = 0.0,
     factors: Mapping[str, torch.Tensor] | str | Path | None = None,
@@ -97,7 +98,7 @@ def fold_key_norm(
         model: A causal language model, a ``GraphModule`` with its parameters as attributes, or an exported program.
         calibration: Tokens: a tensor of ids [T] or [B, T], a tokenizer's output, a list of them, or a ``DataLoader``.
             For a graph or a program: a list of its input tuples.
-        statistic, strength, power_of_two, off_below: Which factor, see
+        statistic, strength, query_strength, power_of_two, off_below: Which factor, see
             :class:`~innerq_compile.passes.key_factors.FactorSettings`.
         factors: Factors by module path, or a folder where :meth:`KeyNormFold.save` left them: used instead of
             measured ones.
@@ -110,7 +111,7 @@ def fold_key_norm(
         FoldRefused: A ``ValueError``. Names what cannot be folded and why; the model is untouched.
         ValueError: A setting out of range, calibration without tokens, or factors that belong to another model.
     """
-    settings = FactorSettings(statistic, strength, power_of_two, off_below)
+    settings = FactorSettings(statistic, strength, query_strength, power_of_two, off_below)
     if isinstance(model, ExportedProgram | fx.GraphModule):
         traced = (
             TracedGraph.from_graph(model) if isinstance(model, fx.GraphModule) else TracedGraph.from_exported(model)

@@ -17,7 +17,7 @@ from torch import fx
 
 from innerq_compile.passes.canonicalize import value_of
 from innerq_compile.passes.check_fold import check_equal, check_other_readers, check_parameter_readers
-from innerq_compile.passes.key_factors import FactorSettings, measure_keys
+from innerq_compile.passes.key_factors import FactorSettings, measure_channels, merge_query_heads
 from innerq_compile.passes.key_sites import KeySite, key_sites
 from innerq_compile.passes.probe_channels import probe_channels, region_inputs
 from innerq_compile.passes.tie_channels import ParameterSlots, TiedChannels, memory_of
@@ -74,8 +74,7 @@ def fold_key_norm(
     channels = _trace_sites(traced, sites)
     tied = _tie(traced, sites, channels, batches[0])
     if factors is None:
-        measured = measure_keys(traced, [site.key for site in sites], batches, settings.statistic, progress=progress)
-        wanted = [settings.factors(magnitudes) for magnitudes in measured]
+        wanted = _measured_factors(traced, sites, batches, settings, progress)
     else:
         wanted = _given_factors(sites, tied, factors)
     tied_factors, factor = tied.solve(wanted, fixed := tied.fixed())
@@ -182,6 +181,20 @@ def scale_parameter(parameter: ParameterSlots, factor: torch.Tensor) -> torch.Te
         shape = torch.Size(-1 if axis == parameter.axis else 1 for axis in range(old.dim()))
     factor = factor.to(old.device).view(shape)
     return ((old.double() + parameter.offset) * factor - parameter.offset).to(old.dtype)
+
+
+def _measured_factors(
+    traced: TracedGraph,
+    sites: list[KeySite],
+    batches: Sequence[Mapping[fx.Node, Any]],
+    settings: FactorSettings,
+    progress: bool,
+) -> list[torch.Tensor]:
+    heads = [site.key for site in sites] + [site.query for site in sites]
+    measured = measure_channels(traced, heads, batches, settings.statistic, progress=progress)
+    keys, queries = measured[: len(sites)], measured[len(sites) :]
+    merged = [merge_query_heads(q, len(k), settings.statistic) for k, q in zip(keys, queries, strict=True)]
+    return [settings.factors(k, q) for k, q in zip(keys, merged, strict=True)]
 
 
 def _given_factors(sites: list[KeySite], tied: TiedChannels, factors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

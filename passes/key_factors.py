@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from tqdm import tqdm
 
+from innerq_compile.config import InnerQConfig
 from innerq_compile.passes.traced_graph import TracedGraph
 from innerq_compile.quant import KEY_NORM_EPS
 
@@ -18,13 +19,16 @@ STATISTICS = ("max", "rms")
 
 @dataclasses.dataclass(frozen=True)
 class FactorSettings:
-    """How a factor follows from the magnitudes of a channel: ``statistic ** strength``.
+    """How a factor follows from magnitudes: ``|K| ** strength / |Q| ** query_strength``, per channel.
 
-    The published factor (arXiv 2602.23200, key normalization) is ``max ** 0.5`` over the calibration tokens.
+    The published factor (arXiv 2602.23200, key normalization) is ``max |K| ** 0.5``. It halves the exponent of an
+    outlier and no more. Factors with ``strength + query_strength == 1`` undo any exchange of scale between keys and queries
+    completely: scale a key channel by s and its query by 1/s, and they become s times as large.
 
     Args:
-        statistic: ``"max"`` of |K| over tokens, or its root mean square ``"rms"``.
-        strength: Exponent; 1 makes all channels alike, 0 changes nothing.
+        statistic: Of a channel over tokens: ``"max"`` of the magnitude, or its root mean square ``"rms"``.
+        strength: Exponent of the keys; 1 alone makes all key channels alike, 0 ignores them.
+        query_strength: Exponent of the queries: a channel that queries read loudly gets the finer steps.
         power_of_two: Rounds factors to powers of two. Multiplying by one changes no mantissa, so the folded model
             computes the same bits as the original in any float dtype.
         off_below: A KV head whose largest channel is less than this many times its median channel is left alone.
@@ -35,23 +39,23 @@ class FactorSettings:
 
     statistic: str = "max"
     strength: float = 0.5
+    query_strength: float = 0.0
     power_of_two: bool = False
     off_below: float = 0.0
 
     def __post_init__(self) -> None:
         if self.statistic not in STATISTICS:
             raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {self.statistic!r}")
-        if not 0.0 <= self.strength <= 1.0:
-            raise ValueError(f"strength must lie between 0 and 1, got {self.strength!r}")
+        for name in ("strength", "query_strength"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)!r}")
         if self.off_below < 0.0:
             raise ValueError(f"off_below must not be negative, got {self.off_below!r}")
 
-    def factors(self, magnitudes: torch.Tensor) -> torch.Tensor:
-        """Factors [H, D], float64, for the statistic [H, D] of a layer; before channels are tied."""
-        magnitudes = magnitudes.double()
-        median = magnitudes.median(-1, keepdim=True).values
-        balanced = magnitudes.amax(-1, keepdim=True) < self.off_below * median
-        factors = (magnitudes**self.strength).clamp(min=KEY_NORM_EPS)
+    def factors(self, keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """Factors for the statistics [H, D] of a layer's keys and queries; before channels are tied. float64 [H, D]."""
+        balanced = keys.amax(-1, keepdim=True) < self.off_below * keys.median(-1, keepdim=True).values
+        factors = _floored(keys) ** self.strength / _floored(queries) ** self.query_strength
         return torch.where(balanced, 1.0, factors)
 
     def rounded(self, factors: torch.Tensor) -> torch.Tensor:
@@ -59,19 +63,27 @@ class FactorSettings:
         return torch.exp2(factors.log2().round()) if self.power_of_two else factors
 
 
-def measure_keys(
+def _floored(magnitudes: torch.Tensor) -> torch.Tensor:
+    """A channel that was silent during calibration counts as a thousandth of the loudest one of its head."""
+    loudest = magnitudes.amax(-1, keepdim=True)
+    return torch.maximum(magnitudes, KEY_NORM_EPS * torch.where(loudest > 0, loudest, 1.0))
+
+
+def measure_channels(
     traced: TracedGraph,
-    keys: Sequence[fx.Node],
+    heads: Sequence[fx.Node],
     batches: Sequence[Mapping[fx.Node, Any]],
     statistic: str,
     *,
     progress: bool = False,
 ) -> list[torch.Tensor]:
-    """The statistic of every channel of every layer over all tokens of all batches.
+    """The statistic of every channel over all tokens of all batches, but for the first ones of each row.
+
+    Those are a cache's sink, which is never quantized; many models give their keys magnitudes of their own.
 
     Args:
         traced: The graph.
-        keys: Nodes of [B, H, T, D].
+        heads: Nodes of [B, H, T, D], keys or queries.
         batches: Values for the graph's inputs, without pads.
         statistic: ``"max"`` or ``"rms"``. Numbers that are not finite never count.
         progress: Shows a bar.
@@ -82,13 +94,25 @@ def measure_keys(
     totals: list[torch.Tensor] = []
     num_tokens = 0
     for batch in tqdm(batches, desc="measuring keys", unit="batch", disable=not progress):
-        values = traced.evaluate(keys, batch)
-        found = [torch.where(torch.isfinite(k), k, 0.0).double().abs().transpose(0, 1).flatten(1, 2) for k in values]
+        found = [_magnitudes(value) for value in traced.evaluate(heads, batch)]
         num_tokens += found[0].shape[1]
         if statistic == "max":
-            found = [k.amax(1) for k in found]
+            found = [value.amax(1) for value in found]
             totals = [torch.maximum(a, b) for a, b in zip(totals, found, strict=True)] if totals else found
         else:
-            found = [k.square().sum(1) for k in found]
+            found = [value.square().sum(1) for value in found]
             totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
     return totals if statistic == "max" else [(total / num_tokens).sqrt() for total in totals]
+
+
+def merge_query_heads(queries: torch.Tensor, num_kv_heads: int, statistic: str) -> torch.Tensor:
+    """Statistics [Hq, D] of queries as those of the KV heads that they read, [num_kv_heads, D]."""
+    grouped = queries.unflatten(0, (num_kv_heads, -1))
+    return grouped.amax(1) if statistic == "max" else grouped.square().mean(1).sqrt()
+
+
+def _magnitudes(heads: torch.Tensor) -> torch.Tensor:
+    """[B, H, T, D] to float64 [H, tokens, D]."""
+    skipped = min(InnerQConfig.sink, heads.shape[2] // 4)
+    counted = heads[:, :, skipped:].double().abs()
+    return torch.where(torch.isfinite(counted), counted, 0.0).transpose(0, 1).flatten(1, 2)
