@@ -28,7 +28,7 @@ SOURCE_DIR = Path(__file__).resolve().parent
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
 
-SOURCES = {"append_kv.cpp": "off", "decode_attention.cpp": "fast"}
+SOURCES = {"append_kv.cpp": "off", "decode_attention.cpp": "fast", "tiles.cpp": "fast"}
 """Source file -> ``-ffp-contract``: codes must be bit-exact, so the quantizer may not fuse a product into a sum."""
 
 NATIVE = ("-mcpu=native",) if platform.machine().lower() in ("arm64", "aarch64") else ("-march=native",)

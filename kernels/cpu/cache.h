@@ -114,7 +114,7 @@ static void dequantize_tile(const TensorSpec& spec, const uint8_t* tile, const H
 
 using DequantizeTile = void (*)(const TensorSpec&, const uint8_t*, const Half*, const Half*, float (*)[BLOCK]);
 
-static DequantizeTile dequantize_tile_for(const TensorSpec& spec) {
+[[maybe_unused]] static DequantizeTile dequantize_tile_for(const TensorSpec& spec) {
     return spec.bits == 2   ? dequantize_tile<2>
            : spec.bits == 3 ? dequantize_tile<3>
            : spec.bits == 4 ? dequantize_tile<4>
@@ -125,23 +125,39 @@ static DequantizeTile dequantize_tile_for(const TensorSpec& spec) {
 using OmpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 inline OmpParallel omp_parallel = nullptr;
 
-// Runs body(item) for every item on up to `threads` threads; which thread takes an item does not change a result.
+// Runs body(item) for every item on up to `threads` threads. Each thread takes a contiguous run of items, because they
+// lie side by side in memory, and then helps the others. Which thread takes an item does not change a result.
 template <class Body> void parallel_for(int64_t threads, int64_t items, const Body& body) {
+    constexpr int64_t MAX_THREADS = 256;
+    struct alignas(64) Run {
+        std::atomic<int64_t> next;
+        int64_t end;
+    };
     struct Job {
         const Body& body;
-        int64_t items;
-        std::atomic<int64_t> next;
-    } job{body, items, {0}};
+        int64_t threads;
+        std::atomic<int64_t> started;
+        Run runs[MAX_THREADS];
+    };
+    threads = omp_parallel ? std::clamp<int64_t>(threads, 1, std::min(items, MAX_THREADS)) : 1;
+    if (threads <= 1) {
+        for (int64_t i = 0; i < items; i++) body(i);
+        return;
+    }
+    Job job{body, threads, {0}, {}};
+    for (int64_t t = 0; t < threads; t++) {
+        job.runs[t].next = items * t / threads;
+        job.runs[t].end = items * (t + 1) / threads;
+    }
     auto work = [](void* data) {
         Job& job = *static_cast<Job*>(data);
-        for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.items;) job.body(i);
+        int64_t self = job.started.fetch_add(1, std::memory_order_relaxed);
+        for (int64_t t = 0; t < job.threads; t++) {
+            Run& run = job.runs[(self + t) % job.threads];
+            for (int64_t i; (i = run.next.fetch_add(1, std::memory_order_relaxed)) < run.end;) job.body(i);
+        }
     };
-    threads = std::min(threads, items);
-    if (omp_parallel && threads > 1) {
-        omp_parallel(work, &job, static_cast<unsigned>(threads), 0);
-    } else {
-        work(&job);
-    }
+    omp_parallel(work, &job, static_cast<unsigned>(threads), 0);
 }
 
 }  // namespace innerq

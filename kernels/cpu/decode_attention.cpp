@@ -81,12 +81,13 @@ void mask_scores(const Head& head, int64_t r, int64_t token, int64_t count, floa
 }
 
 // ROWS query rows from row `first` on, against one split.
-template <class T, int ROWS> struct Batch {
+template <int ROWS> struct Batch {
     // (row, block) pairs of a chunk, at least a vector of them
     static constexpr int PAIRS = ROWS * CHUNK_BLOCKS > LANES ? ROWS * CHUNK_BLOCKS : LANES;
     const Head& head;
     int64_t first, dim;
     Partial state;  // of these rows
+    const uint8_t* ahead[2];  // where the prefetching of key and value codes stands
     alignas(VB) float query[ROWS * MAX_HEAD_DIM];
     alignas(VB) float scores[ROWS * CHUNK];
     alignas(VB) int32_t query_fours[ROWS * MAX_HEAD_DIM / 4];
@@ -102,7 +103,7 @@ template <class T, int ROWS> struct Batch {
     }
 
     // query = q * sm_scale * log2(e) [* key_norm]
-    void load_query(const float* norm) {
+    template <class T> void load_query(const float* norm) {
         const Request& request = head.request;
         Floats scale = broadcast((float)(request.sm_scale * LOG2E));
         for (int r = 0; r < ROWS; r++) {
@@ -121,7 +122,7 @@ template <class T, int ROWS> struct Batch {
         int groups = (int)(dim / BLOCK) * ROWS;
         for (int first_group = 0; first_group < groups; first_group += LANES) {
             Floats largest[LANES];
-            Ints totals[LANES];
+            Words totals[LANES];
             auto group_at = [&](int i) { return std::min(first_group + i, groups - 1); };
             auto channels = [&](int group) { return query + group % ROWS * dim + group / ROWS * BLOCK; };
             for (int i = 0; i < LANES; i++) {
@@ -136,14 +137,14 @@ template <class T, int ROWS> struct Batch {
             for (int i = 0; i < LANES; i++) {
                 const float* q = channels(group_at(i));
                 int8_t* bytes = reinterpret_cast<int8_t*>(query_fours + group_at(i) * 8);
-                totals[i] = Ints{} - (BLOCK / LANES) * ROUND_BITS;
+                totals[i] = Words{} - BLOCK / LANES * ROUND_BITS;
                 for (int c = 0; c < BLOCK; c += LANES) {
                     Ints rounded = (Ints)(load_floats(q + c) * inverse[i] + ROUND);
                     store_low_bytes(bytes + c, rounded);
-                    totals[i] += rounded;
+                    totals[i] += (Words)rounded;
                 }
             }
-            store(total, to_floats(fold_lanes<Sum>(totals)) * steps);
+            store(total, to_floats((Ints)fold_lanes<Sum>(totals)) * steps);
             for (int i = 0; i < LANES; i++) {
                 query_factors[group_at(i)] = {scale[i], total[i] * head.g.key.symmetric_center, total[i]};
             }
@@ -188,7 +189,7 @@ template <class T, int ROWS> struct Batch {
     // scores -> weight_fours, 127 * 2^(scores - largest of the block) rounded, and their factors. The rounded weights
     // are also what a row's sum is made of, so that they add up to one.
     void softmax_bytes(int blocks) {
-        alignas(VB) float largest[PAIRS], scale[PAIRS], weight[PAIRS];
+        alignas(VB) float largest[PAIRS], scale[PAIRS] = {}, weight[PAIRS];
         for (int i = 0; i < PAIRS; i += LANES) {
             Floats folded[LANES];
             for (int j = 0; j < LANES; j++) {
@@ -203,24 +204,33 @@ template <class T, int ROWS> struct Batch {
             raise_largest(r, *std::max_element(of_row, of_row + blocks));
             for (int i = 0; i < CHUNK_BLOCKS; i++) scale[r * CHUNK_BLOCKS + i] = of_row[i] - state.largest[r];
         }
-        Ints totals[PAIRS];
+        Words totals[PAIRS] = {};
+        const TensorSpec* specs[2] = {&head.g.key, &head.g.value};
+        int lines[2];
+        for (int side = 0; side < 2; side++) {
+            lines[side] = ((int)(dim / BLOCK) * softmax_lines(specs[side]->bits) + ROWS - 1) / ROWS;
+        }
         for (int r = 0; r < ROWS; r++) {
             for (int i = 0; i < blocks; i++) {
                 int pair = r * CHUNK_BLOCKS + i;
+                for (int side = 0; side < 2; side++) {
+                    prefetch_lines(ahead[side], lines[side]);
+                    ahead[side] += 64 * lines[side];
+                }
                 int8_t* bytes = reinterpret_cast<int8_t*>(weight_fours + (i * ROWS + r) * 8);
                 Floats shift = broadcast(LOG2_127 - largest[pair]);
-                totals[pair] = Ints{} - (BLOCK / LANES) * ROUND_BITS;
+                totals[pair] = Words{} - BLOCK / LANES * ROUND_BITS;
                 for (int j = 0; j < BLOCK; j += LANES) {
                     Ints rounded = (Ints)(exp2<3>(load_floats(scores + pair * BLOCK + j) + shift) + ROUND);
                     store_low_bytes(bytes + j, rounded);
-                    totals[pair] += rounded;
+                    totals[pair] += (Words)rounded;
                 }
             }
         }
         for (int i = 0; i < PAIRS; i += LANES) {
             Floats s = exp2<5>(load_floats(scale + i)) * (1.0f / 127);
             store(scale + i, s);
-            store(weight + i, to_floats(fold_lanes<Sum>(totals + i)) * s);
+            store(weight + i, to_floats((Ints)fold_lanes<Sum>(totals + i)) * s);
         }
         for (int r = 0; r < ROWS; r++) {
             for (int i = 0; i < blocks; i++) {
@@ -235,11 +245,13 @@ template <class T, int ROWS> struct Batch {
         const Geometry& g = head.g;
         int tiles = (int)(dim / BLOCK);
         score(g.key, block_pointers(g, head.buffers, 0, head.index(), block), tiles, blocks, query_fours,
-              query_factors, scores);
+              query_factors, ahead[0], scores);
+        ahead[0] += blocks * tiles * dot_lines(g.key.bits) * 64;
         mask_all(g.sink + block * BLOCK, blocks * BLOCK, blocks * BLOCK);
         softmax_bytes(blocks);
         add_values(g.value, block_pointers(g, head.buffers, 1, head.index(), block), tiles, blocks, weight_fours,
-                   weight_factors, state.out);
+                   weight_factors, ahead[1], state.out);
+        ahead[1] += blocks * tiles * dot_lines(g.value.bits) * 64;
     }
 
     // to[r][outer] += sum over inner of vectors[r][inner] * x[inner][outer]
@@ -279,7 +291,7 @@ template <class T, int ROWS> struct Batch {
 
     // scores of `count` keys [count][D]: LANES dot products, of a few tokens and rows, are finished together.
     // Meanwhile the values are fetched, which are then read by columns.
-    void score_window(const T* keys, const T* values, int64_t count) {
+    template <class T> void score_window(const T* keys, const T* values, int64_t count) {
         constexpr int AT_ONCE = ROWS < LANES ? ROWS : LANES, TOKENS = LANES / AT_ONCE;
         for (int64_t t = 0; t < count; t += TOKENS) {
             const T* token[TOKENS];
@@ -305,7 +317,7 @@ template <class T, int ROWS> struct Batch {
     }
 
     // Tokens [token, token + count) that lie side by side in the windows.
-    void window_chunk(int64_t token, int64_t count) {
+    template <class T> void window_chunk(int64_t token, int64_t count) {
         const Geometry& g = head.g;
         int64_t offset = (head.index() * (g.sink + g.recent + g.flush) + window_slot(g, token)) * dim;
         const T* keys = static_cast<const T*>(head.buffers.k_window) + offset;
@@ -331,11 +343,16 @@ template <class T, int ROWS> struct Batch {
         }
     }
 
-    void run_packed(int64_t block, int64_t blocks) {
+    template <class T> void run_packed(int64_t block, int64_t blocks) {
         const Geometry& g = head.g;
-        load_query(head.buffers.key_norm + head.index() * dim);
+        load_query<T>(head.buffers.key_norm + head.index() * dim);
         if (!head.request.exact) quantize_query();
-        BlockLoop score = block_loop_for<ROWS>(g.key, false), add_values = block_loop_for<ROWS>(g.value, true);
+        for (int side = 0; side < 2; side++) {
+            ahead[side] = block_pointers(g, head.buffers, side, head.index(), block).codes;
+            prefetch_lines(ahead[side], PREFETCH_AHEAD / 64);
+            ahead[side] += PREFETCH_AHEAD;
+        }
+        BlockLoop score = block_loop_for(ROWS, g.key, false), add_values = block_loop_for(ROWS, g.value, true);
         for (int64_t i = 0; i < blocks; i += CHUNK_BLOCKS) {
             int count = (int)std::min<int64_t>(CHUNK_BLOCKS, blocks - i);
             if (head.request.exact) exact_chunk(block + i, count);
@@ -343,16 +360,16 @@ template <class T, int ROWS> struct Batch {
         }
     }
 
-    void run_windows(int64_t packed) {
+    template <class T> void run_windows(int64_t packed) {
         const Geometry& g = head.g;
-        load_query(nullptr);
+        load_query<T>(nullptr);
         int64_t ring = g.recent + g.flush;
         for (int64_t token = 0; token < head.row.held;) {
             bool in_sink = token < g.sink;
             if (!in_sink && token < g.sink + packed) token = g.sink + packed;
             int64_t run = in_sink ? g.sink - token : ring - (token - g.sink) % ring;
             int64_t count = std::min({run, head.row.held - token, (int64_t)CHUNK});
-            if (count > 0) window_chunk(token, count);
+            if (count > 0) window_chunk<T>(token, count);
             token += count;
             if (count <= 0) break;
         }
@@ -389,9 +406,9 @@ template <class T> struct Attention {
     template <int ROWS> void run_rows(const Head& head, int64_t split, const Partial& p, int64_t& first) const {
         int64_t blocks = packed_blocks(head.row), each = split_blocks(blocks), block = (split - 1) * each;
         for (; rows - first >= ROWS; first += ROWS) {
-            Batch<T, ROWS> batch(head, first, p);
-            if (split == 0) batch.run_windows(blocks * BLOCK);
-            if (split > 0) batch.run_packed(block, std::min(each, blocks - block));
+            Batch<ROWS> batch(head, first, p);
+            if (split == 0) batch.template run_windows<T>(blocks * BLOCK);
+            if (split > 0) batch.template run_packed<T>(block, std::min(each, blocks - block));
         }
     }
 

@@ -51,7 +51,7 @@ INNERQ_INLINE Floats to_floats(Ints v) { return __builtin_convertvector(v, Float
 
 // A float in [0, 2^22), rounded half to even: its sum with ROUND = 1.5 * 2^23 has it in the low bits.
 constexpr float ROUND = 12582912.0f;
-constexpr int32_t ROUND_BITS = 0x4b400000;
+constexpr uint32_t ROUND_BITS = 0x4b400000;
 INNERQ_INLINE Ints round_to_ints(Floats v) { return (Ints)(v + ROUND) & 0x3fffff; }
 
 // The low byte or half of each lane. (Left to itself the compiler moves them one by one.)

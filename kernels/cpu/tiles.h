@@ -1,161 +1,40 @@
-// The inner loops of decode attention: one 32 x 32 tile against ROWS query rows at a time, in integers.
+// The inner loops of decode attention: what tiles.cpp offers to decode_attention.cpp.
 #pragma once
 
 #include "cache.h"
 
 namespace innerq {
 
-constexpr int CHUNK_BLOCKS = 8;  // blocks whose scores are softmaxed together
+// Blocks whose scores are softmaxed together: few, so that memory stays busy through it (benchmarks/LOG.md).
+constexpr int CHUNK_BLOCKS = 2;
 constexpr int CHUNK = CHUNK_BLOCKS * BLOCK;
 
-// A dot product of one tile's outer rows with 32 signed bytes per query row is `scale * (sums - center * total)`,
-// where `total` is the sum of the bytes; zeros contribute `zero * scale * total`. Per query row and group:
+// Of one query row and group: a dot product with the row's signed bytes means `scale * (sums - center * total)`, where
+// `total` is the sum of the bytes; a zero adds `zero * scale * total`.
 struct Factors {
-    float scale;           // float value of one integer step
-    float centered;        // scale * symmetric_center * total
-    float total;           // scale * total
+    float scale;     // float value of one integer step
+    float centered;  // scale * symmetric_center * total
+    float total;     // scale * total
 };
 
-// sums[r][half] += codes . fours[r] over the 32 inner numbers; fours is [ROWS][8] groups of four signed bytes.
-template <int BITS, int ROWS>
-INNERQ_INLINE void dot_tile(const uint8_t* tile, int sub, const int32_t* fours, DotProduct<BITS> (*sums)[2]) {
-    const uint8_t* p = tile + sub * VB;
-    if (BITS == 8 || BITS == 4) {
-        for (int quad = 0; quad < 8; quad++) {
-            for (int half = 0; half < 2; half++) {
-                Words codes = unpack<BITS>(tile, quad, half, sub);
-                for (int r = 0; r < ROWS; r++) sums[r][half].add(codes, fours[r * 8 + quad]);
-            }
-        }
-        return;
-    }
-    // A byte holds quads `row` and `row + 4`, so both come out of one combined register.
-    for (int row = 0; row < 4; row++) {
-        Words low = load<Words>(p + 64 * row);
-        Words high = BITS == 3 ? load<Words>(p + 256 + 64 * (row % 2)) : Words{};
-        for (int half = 0; half < 2; half++) {
-            Words both = half ? low >> 2 : low;
-            uint32_t mask = 0x03030303u;
-            if (BITS == 3) {
-                int shift = row / 2 * 2 + half - 2;
-                Words moved = shift < 0 ? high << -shift : high >> (shift > 0 ? shift : 0);
-                both = (both & 0x33333333u) | (moved & ~0x33333333u);
-                mask = 0x07070707u;
-            }
-            Words first = both & mask, second = (both >> 4) & mask;
-            for (int r = 0; r < ROWS; r++) {
-                sums[r][half].add(first, fours[r * 8 + row]);
-                sums[r][half].add(second, fours[r * 8 + row + 4]);
-            }
-        }
-    }
+// Prefetching. The hardware alone loses a stream whenever the loop turns from keys to values, and memory would idle
+// while a chunk is softmaxed. So each of the two streams of codes has a pointer that runs PREFETCH_AHEAD bytes or more
+// ahead: a tile's dot products move it by less than a tile, the softmax by what is missing.
+constexpr int PREFETCH_AHEAD = 3072;
+constexpr int dot_lines(int bits) { return 2 * bits * 3 / 4; }
+constexpr int softmax_lines(int bits) { return 2 * bits - dot_lines(bits); }
+
+INNERQ_INLINE void prefetch_lines(const uint8_t* from, int count) {
+    for (int i = 0; i < count; i++) __builtin_prefetch(from + 64 * i);
 }
 
-#ifndef INNERQ_PREFETCH
-#define INNERQ_PREFETCH 3072
-#endif
-// Asks for the bytes of a tile that comes INNERQ_PREFETCH bytes of codes later, past a chunk's end too: the hardware
-// alone loses the stream whenever the loop turns from keys to values and back.
-template <int BITS, bool ZEROS> INNERQ_INLINE void prefetch_tile(const BlockPointers& block, int tile) {
-    constexpr int ahead = INNERQ_PREFETCH / (128 * BITS);
-    for (int i = 0; i < 2 * BITS; i++) __builtin_prefetch(block.codes + (tile + ahead) * 128 * BITS + 64 * i);
-    __builtin_prefetch(block.scales + (tile + ahead) * BLOCK);
-    if (ZEROS) __builtin_prefetch(block.zeros + (tile + ahead) * BLOCK);
-}
+// `blocks` blocks of `tiles` tiles against a batch of query rows; fours hold four signed bytes each.
+//   keys:   out[r][token] = scores       fours [tiles][rows][8]    factors [tiles][rows]    out [rows][CHUNK]
+//   values: out[r][channel] += products  fours [blocks][rows][8]   factors [blocks][rows]   out [rows][32 * tiles]
+using BlockLoop = void (*)(const TensorSpec&, BlockPointers, int tiles, int blocks, const int32_t* fours,
+                           const Factors* factors, const uint8_t* ahead, float* out);
 
-// What a tile's finished sums become: s * (scale * sums - centered) [+ z * total]; a hybrid's sign bit drops centered.
-struct Parameters {
-    Floats s, z;
-    Ints off_center;
-};
-
-template <bool ZEROS>
-INNERQ_INLINE Parameters load_parameters(const TensorSpec& spec, const BlockPointers& block, int64_t index) {
-    Parameters p = {load_floats(block.scales + index), Floats{}, Ints{}};
-    if (ZEROS) {
-        p.z = load_floats(block.zeros + index);
-        p.off_center = spec.mode == HYBRID ? (Ints)p.s < 0 : Ints{} - 1;
-        p.s = abs(p.s);
-    }
-    return p;
-}
-
-template <bool ZEROS> INNERQ_INLINE Floats finish(const Parameters& p, Ints sums, const Factors& f) {
-    Floats centered = broadcast(f.centered);
-    if (!ZEROS) return p.s * (to_floats(sums) * f.scale - centered);
-    centered = p.off_center ? Floats{} : centered;
-    return p.s * (to_floats(sums) * f.scale - centered) + p.z * f.total;
-}
-
-// scores[r][token] of `blocks` blocks of keys. fours [tiles][ROWS][8], factors [tiles][ROWS], scores [ROWS][CHUNK].
-template <int BITS, int ROWS, bool ZEROS>
-void score_blocks(const TensorSpec& spec, BlockPointers block, int tiles, int blocks, const int32_t* fours,
-                  const Factors* factors, float* scores) {
-    for (int i = 0; i < blocks; i++) {
-        for (int sub = 0; sub < SUBS; sub++) {
-            Floats total[ROWS][2] = {};
-            for (int tile = 0; tile < tiles; tile++) {
-                DotProduct<BITS> sums[ROWS][2];
-                if (sub == 0) prefetch_tile<BITS, ZEROS>(block, tile);
-                dot_tile<BITS, ROWS>(block.codes + tile * 128 * BITS, sub, fours + tile * ROWS * 8, sums);
-                for (int half = 0; half < 2; half++) {
-                    Parameters p = load_parameters<ZEROS>(spec, block, tile * BLOCK + half * 16 + sub * LANES);
-                    for (int r = 0; r < ROWS; r++) {
-                        total[r][half] += finish<ZEROS>(p, sums[r][half].sums(), factors[tile * ROWS + r]);
-                    }
-                }
-            }
-            for (int r = 0; r < ROWS; r++) {
-                for (int half = 0; half < 2; half++) {
-                    store(scores + r * CHUNK + i * BLOCK + half * 16 + sub * LANES, total[r][half]);
-                }
-            }
-        }
-        block.codes += tiles * 128 * BITS;
-        block.scales += tiles * BLOCK;
-        if (ZEROS) block.zeros += tiles * BLOCK;
-    }
-}
-
-// out[r][channel] += probabilities . values. fours [blocks][ROWS][8], factors [blocks][ROWS], out [ROWS][D].
-template <int BITS, int ROWS, bool ZEROS>
-void add_value_blocks(const TensorSpec& spec, BlockPointers block, int tiles, int blocks, const int32_t* fours,
-                      const Factors* factors, float* out) {
-    for (int i = 0; i < blocks; i++) {
-        for (int tile = 0; tile < tiles; tile++) {
-            for (int sub = 0; sub < SUBS; sub++) {
-                DotProduct<BITS> sums[ROWS][2];
-                if (sub == 0) prefetch_tile<BITS, ZEROS>(block, tile);
-                dot_tile<BITS, ROWS>(block.codes + tile * 128 * BITS, sub, fours + i * ROWS * 8, sums);
-                for (int half = 0; half < 2; half++) {
-                    int channel = tile * BLOCK + half * 16 + sub * LANES;
-                    Parameters p = load_parameters<ZEROS>(spec, block, channel);
-                    for (int r = 0; r < ROWS; r++) {
-                        float* to = out + r * tiles * BLOCK + channel;
-                        store(to, load_floats(to) + finish<ZEROS>(p, sums[r][half].sums(), factors[i * ROWS + r]));
-                    }
-                }
-            }
-        }
-        block.codes += tiles * 128 * BITS;
-        block.scales += tiles * BLOCK;
-        if (ZEROS) block.zeros += tiles * BLOCK;
-    }
-}
-
-using BlockLoop = void (*)(const TensorSpec&, BlockPointers, int, int, const int32_t*, const Factors*, float*);
-
-template <int BITS, int ROWS> BlockLoop block_loop(bool values, bool zeros) {
-    if (values) return zeros ? add_value_blocks<BITS, ROWS, true> : add_value_blocks<BITS, ROWS, false>;
-    return zeros ? score_blocks<BITS, ROWS, true> : score_blocks<BITS, ROWS, false>;
-}
-
-template <int ROWS> BlockLoop block_loop_for(const TensorSpec& spec, bool values) {
-    bool zeros = spec.mode != SYMMETRIC;
-    return spec.bits == 2   ? block_loop<2, ROWS>(values, zeros)
-           : spec.bits == 3 ? block_loop<3, ROWS>(values, zeros)
-           : spec.bits == 4 ? block_loop<4, ROWS>(values, zeros)
-                            : block_loop<8, ROWS>(values, zeros);
-}
+// rows is 1, 2, 4 or 8.
+BlockLoop block_loop_for(int rows, const TensorSpec& spec, bool values);
 
 }  // namespace innerq
