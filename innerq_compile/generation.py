@@ -11,6 +11,7 @@ from transformers import CompileConfig, PreTrainedModel
 
 from innerq_compile.backend import mode_options
 from innerq_compile.cache import InnerQCache
+from innerq_compile.folded import check_folded, mark_of
 
 MIN_CAPACITY = 512
 CAPACITIES_PER_DOUBLING = 8
@@ -49,22 +50,28 @@ def enable(
             capacities ever compile.
         exact: Forbids kernels to round queries and probabilities to integers.
         mode: One of Inductor's modes, ``"reduce-overhead"`` for instance.
-        **overrides: Single settings of :class:`~innerq_compile.config.InnerQConfig`.
+        **overrides: Single settings of :class:`~innerq_compile.config.InnerQConfig`. ``key_norm="folded"`` folds the
+            key norm into the weights with the first prompt, in place, unless
+            :func:`~innerq_compile.fold_key_norm` did it before.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: A module that cannot ``generate()`` from a decoder cache.
-        ValueError: An unknown preset or setting, or one out of range.
+        ValueError: An unknown preset or setting, one out of range, or a key norm folded into other weights than these.
     """
     _check_model(model)
+    check_folded(model)
+    fold_later = overrides.get("key_norm") == "folded" and mark_of(model.config) is None
+    if fold_later:
+        overrides["key_norm"] = "runtime"
     make_cache = functools.partial(InnerQCache, model.config, preset=preset, **overrides)
     make_cache()  # refuses bad settings now; nothing is allocated before the first token
     if max_cache_len is not None:
         make_cache(max_cache_len=max_cache_len)
     # torch.compile takes a mode or options, not both, so the mode is spelled out as options.
-    options = {"exact": exact, **mode_options(mode)}
+    options = {"exact": exact, **({"key_norm": "folded"} if fold_later else {}), **mode_options(mode)}
 
     disable(model)
     switch = _Switch(model._compiled_call_impl, model.generation_config.compile_config)

@@ -28,7 +28,7 @@ ALLOWED = {
     "backend": {"config", "layout", "quant", "reference", "ops", "cache", "report", "passes", "kernels"},
     "fold": {"calibration", "folded", "passes"},
     "explainer": {"config", "cache", "report", "passes"},
-    "generation": {"config", "cache", "backend"},
+    "generation": {"config", "cache", "folded", "backend"},
     "export": {"config", "layout", "quant", "reference", "ops", "cache", "report", "passes", "kernels", "backend"},
     "demo": {"config", "layout", "quant", "reference", "ops", "cache", "report", "passes", "kernels", "backend"},
 }

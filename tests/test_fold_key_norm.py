@@ -11,7 +11,7 @@ import transformers
 from torch import fx, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from innerq_compile import InnerQCache, fold_key_norm, ops
+from innerq_compile import InnerQCache, enable, fold_key_norm, ops
 from innerq_compile.fold import KeyNormFold
 from innerq_compile.folded import CONFIG_KEY, check_folded
 from innerq_compile.passes import run_passes
@@ -510,15 +510,20 @@ class TestCompiled:
         assert "key_norm=runtime" in str(graphs[-1].graph)
 
     @pytest.mark.slow
-    def test_option_of_the_backend(self) -> None:
-        model = build("llama")
+    def test_enable_folds_with_the_first_prompt(self) -> None:
+        model, weight = build("llama"), "model.layers.0.self_attn.k_proj.weight"
         before, expected = state(model), self.generate(model, key_bits=8)
-        model.compile(backend="innerq", options={"key_norm": "folded"})
+        enable(model, key_norm="folded")
         found = self.generate(model, key_bits=8)
         torch.testing.assert_close(found, expected, rtol=0, atol=0.01 * float(expected.abs().max()))
-        assert not torch.equal(
-            model.model.layers[0].self_attn.k_proj.weight, before["model.layers.0.self_attn.k_proj.weight"]
-        )
+        assert not torch.equal(model.get_parameter(weight), before[weight])
+
+    def test_enable_refuses_a_mark_with_other_weights(self) -> None:
+        model = build("llama")
+        fold(model)
+        model.model.layers[0].self_attn.k_proj.weight.data.mul_(1.5)
+        with pytest.raises(ValueError, match="belongs to other weights"):
+            enable(model)
 
 
 def test_handle_tells_what_was_done() -> None:
