@@ -27,6 +27,7 @@ ALLOWED = {
     "passes": {"config", "layout", "quant", "reference", "ops", "cache", "report"},
     "backend": {"config", "layout", "quant", "reference", "ops", "cache", "report", "passes", "kernels"},
     "fold": {"calibration", "folded", "passes"},
+    "optimum_fx": {"fold", "passes"},
     "explainer": {"config", "cache", "report", "passes"},
     "generation": {"config", "cache", "folded", "backend"},
     "export": {"config", "layout", "quant", "reference", "ops", "cache", "report", "passes", "kernels", "backend"},
