@@ -123,8 +123,8 @@ def fold_key_norm(
         traced, batches = _capture(model, calibration)
     known = _known_factors(traced, factors)
     result = fold_in_graph(traced, batches, settings, factors=known, progress=progress)
-    originals = {traced.names[node]: traced.tensors[node].detach().clone() for node in result.tensors}
-    undo = _replace_state(model, traced, result) if isinstance(model, ExportedProgram) else _overwrite(traced, result)
+    put = _replace_state(model) if isinstance(model, ExportedProgram) else _overwrite
+    originals, undo = put(traced, result)
     handle = KeyNormFold(
         dict(zip(result.paths, result.factors, strict=True)), result.error, result.budget, settings, originals, undo
     )
@@ -158,7 +158,11 @@ def _capture(model: nn.Module, calibration: Any) -> tuple[TracedGraph, list[dict
     windows = [window.to(device) for window in token_windows(calibration, longest)]
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     with _as_plain_forward(model), torch.no_grad():
-        program = export(model, (), {"input_ids": windows[0], **extra}, strict=False)
+        try:
+            program = export(model, (), {"input_ids": windows[0], **extra}, strict=False)
+        except Exception as error:  # whatever a model does that torch.export cannot follow
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise FoldRefused(f"torch.export cannot capture the model: {first_line}") from error
     traced = TracedGraph.from_exported(program, model)
     return traced, _input_tuples(traced, [(window,) for window in windows])
 
@@ -193,25 +197,34 @@ def _known_factors(
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a safetensors file is no mapping
 
 
-def _overwrite(traced: TracedGraph, result: FoldedKeyNorm) -> Callable[[], None]:
-    parameters = [traced.tensors[node] for node in result.tensors]
-    before = [parameter.detach().clone() for parameter in parameters]
-
-    def put(values: list[torch.Tensor]) -> None:
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.data.copy_(value)
-
-    put(list(result.tensors.values()))
-    return lambda: put(before)
-
-
-def _replace_state(program: ExportedProgram, traced: TracedGraph, result: FoldedKeyNorm) -> Callable[[], None]:
-    """New entries instead of new values: the program's tensors are still those of the model it was exported from."""
-    state = program.state_dict
-    before = {traced.names[node]: state[traced.names[node]] for node in result.tensors}
+def _overwrite(traced: TracedGraph, result: FoldedKeyNorm) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
+    """New values in the same tensors. Returns the former values by name, and what puts them back."""
+    parameters = {traced.names[node]: traced.tensors[node] for node in result.tensors}
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     for node, value in result.tensors.items():
-        state[traced.names[node]] = nn.Parameter(value, requires_grad=before[traced.names[node]].requires_grad)
-    return lambda: state.update(before)
+        traced.tensors[node].data.copy_(value)
+
+    def undo() -> None:
+        for name, parameter in parameters.items():
+            parameter.data.copy_(before[name])
+
+    return before, undo
+
+
+def _replace_state(
+    program: ExportedProgram,
+) -> Callable[[TracedGraph, FoldedKeyNorm], tuple[dict[str, torch.Tensor], Callable[[], None]]]:
+    """New entries instead of new values: the program's tensors are still those of the model it was exported from."""
+
+    def put(traced: TracedGraph, result: FoldedKeyNorm) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
+        state = program.state_dict
+        before = {traced.names[node]: state[traced.names[node]] for node in result.tensors}
+        for node, value in result.tensors.items():
+            name = traced.names[node]
+            state[name] = nn.Parameter(value, requires_grad=before[name].requires_grad)
+        return before, lambda: state.update(before)
+
+    return put
 
 
 def _mark(model: Any, handle: KeyNormFold, traced: TracedGraph, result: FoldedKeyNorm) -> KeyNormFold:

@@ -302,6 +302,8 @@ class Attention(nn.Module):
             k = F.linear(x, self.codes * 0.02)
         if self.change == "weight_norm":
             k = F.linear(x, self.k.weight / self.k.weight.norm(dim=1, keepdim=True))
+        if self.change == "branch" and bool(k.sum() > 0):
+            k = -k
         if self.change == "nonlinear":
             k = torch.tanh(k)
         if self.change == "unweighted_norm":
@@ -342,6 +344,7 @@ def test_plain_module_is_folded(change: str) -> None:
         ("keys_are_values", "values|also reads the channels"),
         ("gate", "sigmoid also reads the channels|keys also go to"),
         ("query_again", "the queries also go to transpose"),
+        ("branch", "torch.export cannot capture the model: "),
     ],
 )
 def test_what_cannot_be_folded_is_refused_with_the_reason(change: str, reason: str) -> None:
