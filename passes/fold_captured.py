@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from innerq_compile import ops
@@ -73,6 +74,8 @@ def _fold(traced: TracedGraph, values: dict[fx.Node, Any]) -> None:
     batch = {node: values[node] for node in traced.inputs}
     if any(isinstance(value, torch.SymInt) for value in batch.values()):
         raise FoldRefused("the first prompt is compiled with dynamic shapes")
+    if any(isinstance(value, FakeTensor) for value in values.values()):
+        raise FoldRefused("the graph is compiled without the model's weights")
     for node, new in fold_key_norm(traced, [batch]).tensors.items():
         traced.tensors[node].data.copy_(new)
         _folded[traced.tensors[node]] = True
