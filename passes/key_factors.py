@@ -22,8 +22,8 @@ class FactorSettings:
     """How a factor follows from magnitudes: ``|K| ** strength / |Q| ** query_strength``, per channel.
 
     The published factor (arXiv 2602.23200, key normalization) is ``max |K| ** 0.5``. It halves the exponent of an
-    outlier and no more. Factors with ``strength + query_strength == 1`` undo any exchange of scale between keys and queries
-    completely: scale a key channel by s and its query by 1/s, and they become s times as large.
+    outlier and no more. Factors with ``strength + query_strength == 1`` undo any exchange of scale between keys and
+    queries completely: scale a key channel by s and its query by 1/s, and they become s times as large.
 
     Args:
         statistic: Of a channel over tokens: ``"max"`` of the magnitude, or its root mean square ``"rms"``.
