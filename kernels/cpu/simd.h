@@ -240,6 +240,23 @@ template <int DEGREE> INNERQ_INLINE Floats exp2(Floats x) {
 #endif
 }
 
+// --- bit fields -----------------------------------------------------------------------------------------------------
+
+// (x >> SHIFT) & MASK in every byte: one instruction where there is one that multiplies bytes by a bit matrix.
+template <int SHIFT, unsigned MASK> INNERQ_INLINE Words byte_field(Words x) {
+    constexpr uint32_t mask = MASK * 0x01010101u;
+#if defined(INNERQ_AVX512) && defined(__GFNI__)
+    if (SHIFT > 0) {
+        uint64_t matrix = 0;  // byte 7 - i selects the source of bit i
+        for (int i = 0; i < 8; i++) {
+            if (MASK >> i & 1) matrix |= (uint64_t)(1u << (i + SHIFT)) << (8 * (7 - i));
+        }
+        return (Words)_mm512_gf2p8affine_epi64_epi8((__m512i)x, _mm512_set1_epi64((long long)matrix), 0);
+    }
+#endif
+    return (x >> SHIFT) & mask;
+}
+
 // --- integer dot product --------------------------------------------------------------------------------------------
 
 // Sums of unsigned codes times signed bytes: add() takes, per lane, four codes (at most 2^BITS - 1) and the same four

@@ -12,26 +12,29 @@ INNERQ_INLINE void dot_tile(const uint8_t* tile, int sub, const int32_t* fours, 
     if (BITS == 8 || BITS == 4) {
         for (int quad = 0; quad < 8; quad++) {
             for (int half = 0; half < 2; half++) {
-                Words codes = unpack<BITS>(tile, quad, half, sub);
+                Words codes = load<Words>(p + 64 * (BITS == 8 ? 2 * quad + half : quad));
+                if (BITS == 4) codes = half ? byte_field<4, 15>(codes) : byte_field<0, 15>(codes);
                 for (int r = 0; r < ROWS; r++) sums[r][half].add(codes, fours[r * 8 + quad]);
             }
         }
         return;
     }
-    // A byte holds quads `row` and `row + 4`, so both come out of one combined register.
+    // A byte holds quads `row` and `row + 4`; with 3 bits both come out of one combined register.
     for (int row = 0; row < 4; row++) {
         Words low = load<Words>(p + 64 * row);
         Words high = BITS == 3 ? load<Words>(p + 256 + 64 * (row % 2)) : Words{};
         for (int half = 0; half < 2; half++) {
-            Words both = half ? low >> 2 : low;
-            uint32_t mask = 0x03030303u;
-            if (BITS == 3) {
+            Words first, second;
+            if (BITS == 2) {
+                first = half ? byte_field<2, 3>(low) : byte_field<0, 3>(low);
+                second = half ? byte_field<6, 3>(low) : byte_field<4, 3>(low);
+            } else {
                 int shift = row / 2 * 2 + half - 2;
                 Words moved = shift < 0 ? high << -shift : high >> (shift > 0 ? shift : 0);
-                both = (both & 0x33333333u) | (moved & ~0x33333333u);
-                mask = 0x07070707u;
+                Words both = ((half ? low >> 2 : low) & 0x33333333u) | (moved & ~0x33333333u);
+                first = byte_field<0, 7>(both);
+                second = byte_field<4, 7>(both);
             }
-            Words first = both & mask, second = (both >> 4) & mask;
             for (int r = 0; r < ROWS; r++) {
                 sums[r][half].add(first, fours[r * 8 + row]);
                 sums[r][half].add(second, fours[r * 8 + row + 4]);
