@@ -318,42 +318,54 @@ template <class T> struct Dequantize {
     }
 };
 
-template <class T>
-void append(const Geometry& g, const Buffers& b, const void* key, const void* value, const int64_t* strides,
-            int64_t num_new, int64_t threads) {
-    Append<T>{g,
-              b,
-              {{static_cast<const T*>(key), strides[0], strides[1], strides[2]},
-               {static_cast<const T*>(value), strides[3], strides[4], strides[5]}},
-              num_new}
-        .run(threads);
+// launch.py packs both structures.
+struct AppendRequest {
+    Buffers buffers;
+    const void *key, *value;  // [B, H, num_new, D], last axis contiguous; strides of B, H and num_new in elements
+    int64_t key_strides[3], value_strides[3];
+    int64_t num_new, capacity, threads;
+};
+
+struct DequantizeRequest {
+    Buffers buffers;
+    void *keys, *values;  // contiguous [B, H, capacity, D] in the windows' dtype
+    int64_t capacity, threads;
+};
+
+template <class T> void append(const Geometry& g, const AppendRequest& r) {
+    const int64_t *k = r.key_strides, *v = r.value_strides;
+    NewTokens<T> tokens[2] = {{static_cast<const T*>(r.key), k[0], k[1], k[2]},
+                              {static_cast<const T*>(r.value), v[0], v[1], v[2]}};
+    Append<T>{g, r.buffers, {tokens[0], tokens[1]}, r.num_new}.run(r.threads);
+}
+
+template <class T> void dequantize(const Geometry& g, const DequantizeRequest& r) {
+    Dequantize<T>{g, r.buffers, {static_cast<T*>(r.keys), static_cast<T*>(r.values)}, r.capacity}.run(r.threads);
 }
 
 }  // namespace
 }  // namespace innerq
 
-using namespace innerq;
-
 extern "C" {
 
-INNERQ_EXPORT void innerq_set_omp_parallel(OmpParallel function) { omp_parallel = function; }
+INNERQ_EXPORT void innerq_set_omp_parallel(innerq::OmpParallel function) { innerq::omp_parallel = function; }
 
-// Appends [B, H, num_new, D] keys and values. Returns 1, with nothing written, when a row would exceed `capacity`.
-INNERQ_EXPORT int innerq_append_kv(const Geometry* g, const Buffers* b, const void* key, const void* value, const int64_t* strides,
-                     int64_t num_new, int64_t capacity, int64_t threads) {
+// Returns 1, with nothing written, when a row would exceed the capacity.
+INNERQ_EXPORT int innerq_append_kv(const innerq::Geometry* g, const innerq::AppendRequest* r) {
+    using namespace innerq;
     for (int64_t row = 0; row < g->batch; row++) {
-        if (b->counts[3 * row] + num_new > capacity) return 1;
+        if (r->buffers.counts[3 * row] + r->num_new > r->capacity) return 1;
     }
-    auto append_typed = g->dtype == FLOAT32 ? append<float> : g->dtype == BFLOAT16 ? append<BFloat> : append<Half>;
-    append_typed(*g, *b, key, value, strides, num_new, threads);
+    if (g->dtype == FLOAT32) append<float>(*g, *r);
+    if (g->dtype == BFLOAT16) append<BFloat>(*g, *r);
+    if (g->dtype == FLOAT16) append<Half>(*g, *r);
     return 0;
 }
 
-// Writes contiguous [B, H, capacity, D] keys and values in the windows' dtype.
-INNERQ_EXPORT void innerq_dequantize_kv(const Geometry* g, const Buffers* b, void* keys, void* values, int64_t capacity,
-                          int64_t threads) {
-    if (g->dtype == FLOAT32) Dequantize<float>{*g, *b, {(float*)keys, (float*)values}, capacity}.run(threads);
-    if (g->dtype == BFLOAT16) Dequantize<BFloat>{*g, *b, {(BFloat*)keys, (BFloat*)values}, capacity}.run(threads);
-    if (g->dtype == FLOAT16) Dequantize<Half>{*g, *b, {(Half*)keys, (Half*)values}, capacity}.run(threads);
+INNERQ_EXPORT void innerq_dequantize_kv(const innerq::Geometry* g, const innerq::DequantizeRequest* r) {
+    using namespace innerq;
+    if (g->dtype == FLOAT32) dequantize<float>(*g, *r);
+    if (g->dtype == BFLOAT16) dequantize<BFloat>(*g, *r);
+    if (g->dtype == FLOAT16) dequantize<Half>(*g, *r);
 }
 }

@@ -21,7 +21,7 @@ enum Mode : int32_t { SYMMETRIC, ASYMMETRIC, HYBRID };
 enum DType : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
 
 extern "C" {
-// launch.py declares both structures once more.
+// launch.py writes these structures: Geometry field by field, Buffers as the first member of every request.
 struct TensorSpec {
     int32_t bits, mode, symmetric_max_code, asymmetric_max_code;
     float symmetric_center, symmetric_span;

@@ -15,9 +15,9 @@
 
 namespace innerq {
 
-extern "C" {
-// launch.py declares this structure once more. Strides in elements.
+// launch.py packs this structure. Strides in elements.
 struct Request {
+    Buffers buffers;
     const void* query;  // [B, Hq, M, D], last axis contiguous, dtype of the windows
     void* out;          // the same shape, contiguous
     const void* mask;   // bool or float32, broadcast to [B, Hq, M, capacity] by strides of 0
@@ -26,7 +26,6 @@ struct Request {
     int64_t capacity, exact, threads;
     double sm_scale;
 };
-}
 
 namespace {
 
@@ -467,18 +466,17 @@ template <class T> struct Attention {
     }
 };
 
-template <class T> void attend(const Geometry& g, const Buffers& b, const Request& request) {
+template <class T> void attend(const Geometry& g, const Request& request) {
     int64_t rows = request.q_len * (request.q_heads / g.heads);
-    Attention<T>{g, b, request, rows, {}, nullptr, nullptr}.run();
+    Attention<T>{g, request.buffers, request, rows, {}, nullptr, nullptr}.run();
 }
 
 }  // namespace
 }  // namespace innerq
 
-extern "C" INNERQ_EXPORT void innerq_decode_attention(const innerq::Geometry* g, const innerq::Buffers* b,
-                                        const innerq::Request* request) {
+extern "C" INNERQ_EXPORT void innerq_decode_attention(const innerq::Geometry* g, const innerq::Request* request) {
     using namespace innerq;
-    if (g->dtype == FLOAT32) attend<float>(*g, *b, *request);
-    if (g->dtype == BFLOAT16) attend<BFloat>(*g, *b, *request);
-    if (g->dtype == FLOAT16) attend<Half>(*g, *b, *request);
+    if (g->dtype == FLOAT32) attend<float>(*g, *request);
+    if (g->dtype == BFLOAT16) attend<BFloat>(*g, *request);
+    if (g->dtype == FLOAT16) attend<Half>(*g, *request);
 }

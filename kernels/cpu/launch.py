@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,20 +37,13 @@ class _Geometry(ctypes.Structure):
     ]
 
 
-class _Request(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("query", "out", "mask")),
-        *((name, ctypes.c_int64) for name in ("q_heads", "q_len")),
-        *((f"query_stride_{axis}", ctypes.c_int64) for axis in "bhm"),
-        ("mask_kind", ctypes.c_int64),
-        *((f"mask_stride_{axis}", ctypes.c_int64) for axis in ("b", "h", "m", "slot")),
-        *((name, ctypes.c_int64) for name in ("capacity", "exact", "threads")),
-        ("sm_scale", ctypes.c_double),
-    ]
-
-
-_Buffers = ctypes.c_void_p * NUM_BUFFERS
-_Strides = ctypes.c_int64 * 6
+# Requests are packed into bytes: a third of the time that a ctypes structure of so many fields takes.
+_APPEND = struct.Struct(f"{NUM_BUFFERS}P 2P 6q 3q")
+"""``AppendRequest`` of append_kv.cpp."""
+_DEQUANTIZE = struct.Struct(f"{NUM_BUFFERS}P 2P 2q")
+"""``DequantizeRequest`` of append_kv.cpp."""
+_ATTEND = struct.Struct(f"{NUM_BUFFERS}P 3P 2q 3q 5q 3q d")
+"""``Request`` of decode_attention.cpp."""
 
 CAUSAL, BOOLEAN, ADDITIVE = range(3)
 """``MaskKind`` of decode_attention.cpp."""
@@ -70,13 +65,11 @@ class Kernels:
     """The three ops over one built library. Arguments as in :mod:`innerq_compile.ops`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, integer = ctypes.c_void_p, ctypes.c_int64
         self._append = library.innerq_append_kv
-        self._append.argtypes = [pointer] * 5 + [integer] * 3
         self._dequantize = library.innerq_dequantize_kv
-        self._dequantize.argtypes = [pointer] * 4 + [integer] * 2
         self._attend = library.innerq_decode_attention
-        self._attend.argtypes = [pointer] * 3
+        for function in (self._append, self._dequantize, self._attend):
+            function.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
         self._dequantize.restype = self._attend.restype = None
 
     def append_kv(self, key: torch.Tensor, value: torch.Tensor, *args: Any) -> None:
@@ -86,35 +79,36 @@ class Kernels:
             RuntimeError: The cache is full; nothing has been written.
             ValueError: Keys or values do not fit the cache.
         """
-        buffers, capacity, spec = args[:NUM_BUFFERS], args[NUM_BUFFERS], args[NUM_BUFFERS + 1]
-        geometry = _geometry_of(buffers, spec)
+        *buffers, capacity, spec = args
         window = buffers[3]
+        geometry = _geometry_of(buffers, spec)
         if geometry is None or not key.dtype == value.dtype == window.dtype:
             return ops.DEFAULTS["append_kv"](key, value, *args)
-        _check_new_tokens(key, value, window)
+        _check_new_tokens(key.shape, value.shape, window.shape)
         key, value = _rows_contiguous(key), _rows_contiguous(value)
-        strides = _Strides(*key.stride()[:3], *value.stride()[:3])
         num_new = key.shape[2]
-        full = self._append(
-            geometry, _pointers(buffers), key.data_ptr(), value.data_ptr(), strides, num_new, capacity,
-            torch.get_num_threads(),
+        request = _APPEND.pack(
+            *[buffer.data_ptr() for buffer in buffers], key.data_ptr(), value.data_ptr(),
+            *key.stride()[:3], *value.stride()[:3], num_new, capacity, torch.get_num_threads(),
         )  # fmt: skip
-        if full:
+        if self._append(geometry, request):
             ops.check_overflow(LayerState(*buffers), num_new, capacity)
         return None
 
     def dequantize_kv(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """See :func:`innerq_compile.reference.dequantize_kv`."""
-        buffers, capacity, spec = args[:NUM_BUFFERS], args[NUM_BUFFERS], args[NUM_BUFFERS + 1]
+        *buffers, capacity, spec = args
         geometry = _geometry_of(buffers, spec)
         if geometry is None:
             return ops.DEFAULTS["dequantize_kv"](*args)
         window = buffers[3]
         shape = (*window.shape[:2], capacity, window.shape[3])
         keys, values = window.new_empty(shape), window.new_empty(shape)
-        self._dequantize(
-            geometry, _pointers(buffers), keys.data_ptr(), values.data_ptr(), capacity, torch.get_num_threads()
-        )
+        request = _DEQUANTIZE.pack(
+            *[buffer.data_ptr() for buffer in buffers], keys.data_ptr(), values.data_ptr(),
+            capacity, torch.get_num_threads(),
+        )  # fmt: skip
+        self._dequantize(geometry, request)
         return keys, values
 
     def decode_attention(self, query: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -125,36 +119,34 @@ class Kernels:
         """
         buffers = args[:NUM_BUFFERS]
         mask, sm_scale, capacity, spec, *rest = args[NUM_BUFFERS:]
-        geometry = _geometry_of(buffers, spec)
         window = buffers[3]
+        geometry = _geometry_of(buffers, spec)
         if geometry is None or query.dtype != window.dtype:
             return ops.DEFAULTS["decode_attention"](query, *args)
-        _check_query(query, window)
+        _check_query(query.shape, window.shape)
         query = _rows_contiguous(query)
         batch, q_heads, q_len, _ = query.shape
         out = torch.empty(query.shape, dtype=query.dtype)
-        kind, mask_pointer, mask_strides = CAUSAL, None, (0, 0, 0, 0)
+        kind, mask_pointer, mask_strides = CAUSAL, 0, (0, 0, 0, 0)
         if mask is not None:
             kind = BOOLEAN if mask.dtype == torch.bool else ADDITIVE
             mask = mask if kind == BOOLEAN else mask.float()
             mask = mask.expand(batch, q_heads, q_len, capacity)
             mask_pointer, mask_strides = mask.data_ptr(), mask.stride()
-        request = _Request(
-            query.data_ptr(), out.data_ptr(), mask_pointer, q_heads, q_len, *query.stride()[:3], kind, *mask_strides,
+        request = _ATTEND.pack(
+            *[buffer.data_ptr() for buffer in buffers], query.data_ptr(), out.data_ptr(), mask_pointer,
+            q_heads, q_len, *query.stride()[:3], kind, *mask_strides,
             capacity, bool(rest and rest[0]), torch.get_num_threads(), sm_scale,
         )  # fmt: skip
-        self._attend(geometry, _pointers(buffers), ctypes.byref(request))
+        self._attend(geometry, request)
         return out
 
 
-def _pointers(buffers: tuple[torch.Tensor, ...]) -> ctypes.Array:
-    return _Buffers(*[buffer.data_ptr() for buffer in buffers])
-
-
-def _geometry_of(buffers: tuple[torch.Tensor, ...], spec: str) -> Any:
+def _geometry_of(buffers: Sequence[torch.Tensor], spec: str) -> Any:
     """A pointer to what the C side has to know of a cache, or ``None`` where the reference must serve it."""
-    if not all(buffer.is_contiguous() for buffer in buffers):
-        return None
+    for buffer in buffers:
+        if not buffer.is_contiguous():
+            return None
     window = buffers[3]
     return _geometry(spec, window.shape, buffers[0].shape[2], window.dtype)
 
@@ -183,19 +175,22 @@ def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _check_new_tokens(key: torch.Tensor, value: torch.Tensor, window: torch.Tensor) -> None:
-    batch, heads, _, head_dim = window.shape
-    if key.shape != value.shape or key.shape[:2] != window.shape[:2] or key.shape[3] != head_dim:
+@functools.lru_cache(maxsize=1024)
+def _check_new_tokens(key: torch.Size, value: torch.Size, window: torch.Size) -> None:
+    """Cached, because a refusal is not: the same good shapes come at every step."""
+    batch, heads, _, head_dim = window
+    if key != value or len(key) != 4 or (*key[:2], key[3]) != (batch, heads, head_dim):
         raise ValueError(
             f"keys and values must both have shape [{batch}, {heads}, tokens, {head_dim}] to fit the cache, "
-            f"got {list(key.shape)} and {list(value.shape)}"
+            f"got {list(key)} and {list(value)}"
         )
 
 
-def _check_query(query: torch.Tensor, window: torch.Tensor) -> None:
-    batch, heads, _, head_dim = window.shape
-    if query.dim() != 4 or query.shape[0] != batch or query.shape[3] != head_dim or query.shape[1] % heads:
+@functools.lru_cache(maxsize=1024)
+def _check_query(query: torch.Size, window: torch.Size) -> None:
+    batch, heads, _, head_dim = window
+    if len(query) != 4 or query[0] != batch or query[3] != head_dim or query[1] % heads:
         raise ValueError(
             f"query must have shape [{batch}, a multiple of {heads}, tokens, {head_dim}] to fit the cache, "
-            f"got {list(query.shape)}"
+            f"got {list(query)}"
         )
