@@ -124,6 +124,7 @@ def explain(
 
     from innerq_compile.explainer import explain as explain_model
 
+    _quiet_transformers()
     network = AutoModelForCausalLM.from_pretrained(model).eval()
     with _user_errors():
         report = explain_model(network, preset=preset)
