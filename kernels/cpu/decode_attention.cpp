@@ -30,7 +30,7 @@ struct Request {
 namespace {
 
 constexpr int MAX_HEAD_DIM = 512;
-constexpr int MAX_SPLITS = 16;  // of a head's packed blocks
+constexpr int64_t ENOUGH_ITEMS = 64;  // to keep many cores busy; more of them only cost their beginnings
 constexpr int MIN_SPLIT_BLOCKS = 32;
 constexpr float LOWEST = -std::numeric_limits<float>::max();
 constexpr double LOG2E = 1.44269504088896341;
@@ -386,8 +386,9 @@ template <class T> struct Attention {
 
     int64_t packed_blocks(const Row& row) const { return std::clamp<int64_t>(row.quantized / BLOCK, 0, g.blocks); }
 
-    static int64_t split_blocks(int64_t blocks) {
-        return std::max<int64_t>((blocks + MAX_SPLITS - 1) / MAX_SPLITS, MIN_SPLIT_BLOCKS);
+    int64_t split_blocks(int64_t blocks) const {
+        int64_t splits = (ENOUGH_ITEMS + g.batch * g.heads - 1) / (g.batch * g.heads);
+        return std::max<int64_t>((blocks + splits - 1) / splits, MIN_SPLIT_BLOCKS);
     }
 
     int64_t items_of_head(const Row& row) const {
