@@ -82,9 +82,9 @@ def fold_key_norm(
     model: nn.Module | ExportedProgram,
     calibration: Any,
     *,
-    statistic: str = "max",
-    strength: float = 0.5,
-    query_strength: float = 0.0,
+    statistic: str = "rms",
+    strength: float = 0.65,
+    query_strength: float = 0.35,
     power_of_two: bool = False,
     off_below: float = 0.0,
     factors: Mapping[str, torch.Tensor] | str | Path | None = None,
@@ -99,7 +99,7 @@ def fold_key_norm(
         calibration: Tokens: a tensor of ids [T] or [B, T], a tokenizer's output, a list of them, or a ``DataLoader``.
             For a graph or a program: a list of its input tuples.
         statistic, strength, query_strength, power_of_two, off_below: Which factor, see
-            :class:`~innerq_compile.passes.key_factors.FactorSettings`.
+            :class:`~innerq_compile.passes.key_factors.FactorSettings`. The published one is ``"max"``, 0.5, 0.
         factors: Factors by module path, or a folder where :meth:`KeyNormFold.save` left them: used instead of
             measured ones.
         progress: Shows a bar while keys are measured.

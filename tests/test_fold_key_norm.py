@@ -54,6 +54,8 @@ MODELS = {
 }
 SHARED_HEADS = {"qwen3", "gemma3"}  # one norm weight for all heads of a layer
 
+PAPER = {"statistic": "max", "strength": 0.5, "query_strength": 0.0}
+
 TOKENS = torch.randint(1, 128, (3, 40), generator=torch.Generator().manual_seed(1))
 
 
@@ -117,9 +119,9 @@ def test_factors_are_tied_where_channels_mix_and_only_there(name: str) -> None:
         assert torch.equal(factors[0], factors[-1]) == (name in SHARED_HEADS)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
-def test_powers_of_two_change_no_bit_in_16_bit(name: str, dtype: torch.dtype) -> None:
+def test_powers_of_two_change_no_bit(name: str, dtype: torch.dtype) -> None:
     model = build(name, dtype)
     expected = logits(model)
     assert fold(model, power_of_two=True).error == 0
@@ -135,7 +137,7 @@ def test_16_bit_weights_stay_within_one_rounding(name: str) -> None:
 def test_keys_that_reach_the_cache_are_divided_by_the_factor() -> None:
     model, ids = build("llama"), TOKENS.reshape(1, -1)  # calibration is read as one stream
     before = model(ids).past_key_values.layers[1].keys
-    handle = fold(model)
+    handle = fold(model, **PAPER)
     after = model(ids).past_key_values.layers[1].keys
     factor = handle.factors["model.layers.1.self_attn"].float()
     torch.testing.assert_close(after * factor[None, :, None], before, rtol=1e-4, atol=1e-5)
@@ -208,7 +210,7 @@ def test_settings_shape_the_factors() -> None:
     found = {}
     for settings in ({}, {"strength": 0.25}, {"statistic": "rms"}, {"power_of_two": True}, {"off_below": 1e9}):
         try:
-            handle = fold(model, **settings)
+            handle = fold(model, **{**PAPER, **settings})
             found[json.dumps(settings)] = handle.factors["model.layers.0.self_attn"]
             handle.restore()
         except FoldRefused:
@@ -220,7 +222,7 @@ def test_settings_shape_the_factors() -> None:
     assert torch.equal(found['{"off_below": 1000000000.0}'], torch.ones(2, 32, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("settings", [{"strength": 1.0}, {"strength": 0.5, "query_strength": 0.5}])
+@pytest.mark.parametrize("settings", [{"strength": 1.0, "query_strength": 0.0}, {}])
 def test_full_strength_undoes_any_exchange_between_keys_and_queries(settings: dict[str, float]) -> None:
     scale = torch.tensor([1.0, 64.0, 4.0] + [1.0] * 13).repeat(1, 2).repeat(2, 1)
     plain, loud = build("llama"), build("llama")
