@@ -64,7 +64,9 @@ def test_a_bad_preset_is_one_line_and_exit_code_2(arguments):
 @pytest.mark.slow
 def test_demo_measures_every_cache_and_shows_what_it_wrote():
     arguments = ("demo", "--preset", "base", "--prompt-tokens", 1024, "--measured-tokens", 16, "--json")
-    rows = json.loads(run(*arguments).stdout)["rows"]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.exception
+    rows = json.loads(result.stdout)["rows"]
     assert [row["cache"] for row in rows] == ["full precision", "StaticCache + Inductor", "base"]
     full, _, base = rows
     assert full["kl"] == 0.0 and full["agreement"] == 1.0 and full["ratio"] == 1.0

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import AutoTokenizer, DynamicCache, StaticCache
 
 from innerq_compile.cache import InnerQCache
 from innerq_compile.demo import evaluate
-from innerq_compile.demo.run import cache_bytes
+from innerq_compile.demo.run import MODEL_DIR, DemoSettings, cache_bytes
 
 
 def decoded(logits):
@@ -52,3 +52,14 @@ def test_cache_bytes_counts_what_is_allocated(tiny_model):
     with torch.no_grad():
         tiny_model(torch.ones(1, 100, dtype=torch.long), past_key_values=cache)
     assert cache_bytes(cache) == 2 * 2 * 2 * 100 * 32 * 4  # layers x (K, V) x heads x tokens x head_dim x float32
+
+
+@pytest.mark.parametrize("prompt_tokens", [256, 1000, 3072, 3500])
+def test_every_look_up_fits_the_cache_of_its_prompt(prompt_tokens):
+    settings = DemoSettings(prompt_tokens=prompt_tokens, measured_tokens=8)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    text = (MODEL_DIR / "heldout.txt").read_text(encoding="utf-8")
+    tasks = evaluate.recall_tasks(tokenizer, text, settings.recall_distances)
+    assert len(tasks) == settings.recall_tasks
+    assert max(task.ids.shape[1] for task in tasks) <= settings.max_cache_len
+    assert max(task.distance for task in tasks) >= 0.45 * prompt_tokens

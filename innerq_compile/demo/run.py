@@ -33,8 +33,23 @@ class DemoSettings:
     prompt_tokens: int = 3072
     measured_tokens: int = 256
     shown_tokens: int = 32
-    recall_distances: tuple[int, ...] = tuple(range(500, 3001, 125))
+    recall_tasks: int = 21
     seed: int = 0
+
+    @property
+    def recall_distances(self) -> list[int]:
+        """How far back each look-up reaches: evenly from a sixth of the prompt to nearly all of it.
+
+        A look-up's own prompt is a little longer than its distance and must fit the caches of this prompt.
+        """
+        nearest, farthest = self.prompt_tokens // 6, self.prompt_tokens - 128
+        steps = self.recall_tasks - 1
+        return [nearest + (farthest - nearest) * number // steps for number in range(self.recall_tasks)]
+
+    @property
+    def max_cache_len(self) -> int:
+        """Capacity of the caches that have one."""
+        return self.prompt_tokens + max(self.measured_tokens, self.shown_tokens + 1)
 
 
 @dataclass(frozen=True)
@@ -158,7 +173,7 @@ def cache_bytes(cache: Cache) -> int:
 
 def _contenders(model: PreTrainedModel, settings: DemoSettings, presets: list[str]) -> Iterator[Contender]:
     config = model.config
-    max_cache_len = settings.prompt_tokens + settings.measured_tokens
+    max_cache_len = settings.max_cache_len
     yield Contender(FULL, 16.0, partial(DynamicCache, config=config), None)
     yield Contender(
         "StaticCache + Inductor",
