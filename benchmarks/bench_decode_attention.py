@@ -91,12 +91,17 @@ def bytes_of(tensors: tuple[torch.Tensor, ...]) -> int:
 
 
 def interleaved(contenders: dict[str, Callable[[int], object]], rounds: int) -> dict[str, float]:
-    """Median seconds per call; every round calls each contender once, with the round's number."""
+    """Median seconds per call; every round calls each contender in turn, with a new number each time.
+
+    A call on other data goes before each timed one: code warm, data cold. Without it whoever follows a long matrix
+    product pays for fetching the interpreter's own code again (50 to 300 us here), which says nothing about attention.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(rounds + 2):
         for name, call in contenders.items():
+            call(2 * index)
             begin = time.perf_counter()
-            call(index)
+            call(2 * index + 1)
             times[name].append(time.perf_counter() - begin)
     return {name: statistics.median(taken[2:]) for name, taken in times.items()}
 

@@ -82,7 +82,10 @@ void mask_scores(const Head& head, int64_t r, int64_t token, int64_t count, floa
 // ROWS query rows from row `first` on, against one split.
 template <int ROWS> struct Batch {
     // (row, block) pairs of a chunk, at least a vector of them
-    static constexpr int PAIRS = ROWS * CHUNK_BLOCKS > LANES ? ROWS * CHUNK_BLOCKS : LANES;
+    static constexpr int USED_PAIRS = ROWS * CHUNK_BLOCKS;
+    static constexpr int PAIRS = USED_PAIRS > LANES ? USED_PAIRS : LANES;
+    static constexpr int FOLDED = USED_PAIRS <= LANES / 2 ? LANES / 2 : LANES;
+    static constexpr int GROUPS = ROWS * MAX_HEAD_DIM / BLOCK + LANES;
     const Head& head;
     int64_t first, dim;
     Partial state;  // of these rows
@@ -90,9 +93,9 @@ template <int ROWS> struct Batch {
     alignas(VB) float query[ROWS * MAX_HEAD_DIM];
     alignas(VB) float scores[ROWS * CHUNK];
     alignas(VB) int32_t query_fours[ROWS * MAX_HEAD_DIM / 4];
-    Factors query_factors[ROWS * MAX_HEAD_DIM / BLOCK];
+    alignas(VB) float query_factors[3][GROUPS];   // by tile * ROWS + r: scale, centered, total (see Factors)
     alignas(VB) int32_t weight_fours[ROWS * CHUNK / 4];
-    Factors weight_factors[ROWS * CHUNK_BLOCKS];
+    alignas(VB) float weight_factors[3][PAIRS];  // by block * ROWS + r
 
     Batch(const Head& head, int64_t first, Partial all) : head(head), first(first), dim(head.g.head_dim) {
         state = {all.largest + first, all.sum + first, all.out + first * dim};
@@ -129,9 +132,8 @@ template <int ROWS> struct Batch {
                 largest[i] = abs(load_floats(q));
                 for (int c = LANES; c < BLOCK; c += LANES) largest[i] = max(abs(load_floats(q + c)), largest[i]);
             }
-            alignas(VB) float scale[LANES], inverse[LANES], total[LANES];
+            alignas(VB) float inverse[LANES];
             Floats steps = fold_lanes<Max>(largest) / 127;
-            store(scale, steps);
             store(inverse, steps > 0 ? 1 / steps : Floats{});
             for (int i = 0; i < LANES; i++) {
                 const float* q = channels(group_at(i));
@@ -143,10 +145,10 @@ template <int ROWS> struct Batch {
                     totals[i] += (Words)rounded;
                 }
             }
-            store(total, to_floats((Ints)fold_lanes<Sum>(totals)) * steps);
-            for (int i = 0; i < LANES; i++) {
-                query_factors[group_at(i)] = {scale[i], total[i] * head.g.key.symmetric_center, total[i]};
-            }
+            Floats total = to_floats((Ints)fold_lanes<Sum>(totals)) * steps;
+            store(query_factors[0] + first_group, steps);
+            store(query_factors[1] + first_group, total * head.g.key.symmetric_center);
+            store(query_factors[2] + first_group, total);
         }
     }
 
@@ -188,68 +190,65 @@ template <int ROWS> struct Batch {
     // scores -> weight_fours, 127 * 2^(scores - largest of the block) rounded, and their factors. The rounded weights
     // are also what a row's sum is made of, so that they add up to one.
     void softmax_bytes(int blocks) {
-        alignas(VB) float largest[PAIRS], scale[PAIRS] = {}, weight[PAIRS];
-        for (int i = 0; i < PAIRS; i += LANES) {
-            Floats folded[LANES];
-            for (int j = 0; j < LANES; j++) {
-                const float* s = scores + (i + j) % (ROWS * CHUNK_BLOCKS) * BLOCK;
+        alignas(VB) float largest[PAIRS];
+        for (int first_pair = 0; first_pair < PAIRS; first_pair += LANES) {
+            Floats folded[FOLDED];
+            for (int j = 0; j < FOLDED; j++) {
+                int pair = (first_pair + j) % USED_PAIRS;
+                const float* s = scores + pair % ROWS * CHUNK + pair / ROWS * BLOCK;
                 folded[j] = load_floats(s);
                 for (int k = LANES; k < BLOCK; k += LANES) folded[j] = max(load_floats(s + k), folded[j]);
             }
-            store(largest + i, max(fold_lanes<Max>(folded), broadcast(LOWEST)));
+            store(largest + first_pair, max(fold_lanes<Max, FOLDED>(folded), broadcast(LOWEST)));
         }
-        for (int r = 0; r < ROWS; r++) {
-            const float* of_row = largest + r * CHUNK_BLOCKS;
-            raise_largest(r, *std::max_element(of_row, of_row + blocks));
-            for (int i = 0; i < CHUNK_BLOCKS; i++) scale[r * CHUNK_BLOCKS + i] = of_row[i] - state.largest[r];
-        }
-        Words totals[PAIRS] = {};
+        for (int pair = blocks * ROWS; pair < USED_PAIRS; pair++) largest[pair] = LOWEST;
+        bool raised = false;
+        for (int pair = 0; pair < USED_PAIRS; pair++) raised |= largest[pair] > state.largest[pair % ROWS];
+        for (int pair = 0; raised && pair < USED_PAIRS; pair++) raise_largest(pair % ROWS, largest[pair]);
+
         const TensorSpec* specs[2] = {&head.g.key, &head.g.value};
         int lines[2];
         for (int side = 0; side < 2; side++) {
             lines[side] = ((int)(dim / BLOCK) * softmax_lines(specs[side]->bits) + ROWS - 1) / ROWS;
         }
-        for (int r = 0; r < ROWS; r++) {
-            for (int i = 0; i < blocks; i++) {
-                int pair = r * CHUNK_BLOCKS + i;
-                for (int side = 0; side < 2; side++) {
-                    prefetch_lines(ahead[side], lines[side]);
-                    ahead[side] += 64 * lines[side];
-                }
-                int8_t* bytes = reinterpret_cast<int8_t*>(weight_fours + (i * ROWS + r) * 8);
-                Floats shift = broadcast(LOG2_127 - largest[pair]);
-                totals[pair] = Words{} - BLOCK / LANES * ROUND_BITS;
-                for (int j = 0; j < BLOCK; j += LANES) {
-                    Ints rounded = (Ints)(exp2<3>(load_floats(scores + pair * BLOCK + j) + shift) + ROUND);
-                    store_low_bytes(bytes + j, rounded);
-                    totals[pair] += (Words)rounded;
-                }
+        Words totals[PAIRS] = {};
+        alignas(VB) float below[PAIRS] = {};  // how far a block's largest lies below the row's
+        for (int pair = 0; pair < blocks * ROWS; pair++) {
+            const float* s = scores + pair % ROWS * CHUNK + pair / ROWS * BLOCK;
+            int8_t* bytes = reinterpret_cast<int8_t*>(weight_fours + pair * 8);
+            for (int side = 0; side < 2; side++) {
+                prefetch_lines(ahead[side], lines[side]);
+                ahead[side] += 64 * lines[side];
+            }
+            below[pair] = largest[pair] - state.largest[pair % ROWS];
+            Floats shift = broadcast(LOG2_127 - largest[pair]);
+            totals[pair] = Words{} - BLOCK / LANES * ROUND_BITS;
+            for (int j = 0; j < BLOCK; j += LANES) {
+                Ints rounded = (Ints)(exp2<3>(load_floats(s + j) + shift) + ROUND);
+                store_low_bytes(bytes + j, rounded);
+                totals[pair] += (Words)rounded;
             }
         }
         for (int i = 0; i < PAIRS; i += LANES) {
-            Floats s = exp2<5>(load_floats(scale + i)) * (1.0f / 127);
-            store(scale + i, s);
-            store(weight + i, to_floats((Ints)fold_lanes<Sum>(totals + i)) * s);
+            Floats scale = exp2<5>(load_floats(below + i)) * (1.0f / 127);
+            Floats weight = to_floats((Ints)fold_lanes<Sum, FOLDED>(totals + i)) * scale;
+            store(weight_factors[0] + i, scale);
+            store(weight_factors[1] + i, weight * head.g.value.symmetric_center);
+            store(weight_factors[2] + i, weight);
         }
-        for (int r = 0; r < ROWS; r++) {
-            for (int i = 0; i < blocks; i++) {
-                float w = weight[r * CHUNK_BLOCKS + i];
-                weight_factors[i * ROWS + r] = {scale[r * CHUNK_BLOCKS + i], w * head.g.value.symmetric_center, w};
-                state.sum[r] += w;
-            }
-        }
+        for (int pair = 0; pair < USED_PAIRS; pair++) state.sum[pair % ROWS] += weight_factors[2][pair];
     }
 
     void packed_chunk(int64_t block, int blocks, BlockLoop score, BlockLoop add_values) {
         const Geometry& g = head.g;
         int tiles = (int)(dim / BLOCK);
         score(g.key, block_pointers(g, head.buffers, 0, head.index(), block), tiles, blocks, query_fours,
-              query_factors, ahead[0], scores);
+              {query_factors[0], query_factors[1], query_factors[2]}, ahead[0], scores);
         ahead[0] += blocks * tiles * dot_lines(g.key.bits) * 64;
         mask_all(g.sink + block * BLOCK, blocks * BLOCK, blocks * BLOCK);
         softmax_bytes(blocks);
         add_values(g.value, block_pointers(g, head.buffers, 1, head.index(), block), tiles, blocks, weight_fours,
-                   weight_factors, ahead[1], state.out);
+                   {weight_factors[0], weight_factors[1], weight_factors[2]}, ahead[1], state.out);
         ahead[1] += blocks * tiles * dot_lines(g.value.bits) * 64;
     }
 

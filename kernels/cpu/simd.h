@@ -104,11 +104,11 @@ struct Max {
     static INNERQ_INLINE Floats of(Floats a, Floats b) { return max(a, b); }
 };
 
-// Folds LANES vectors into one: lane i becomes Op over the lanes of v[i]. Three instructions where one reduction after
-// the other takes eight; v is overwritten.
-template <class Op, class V> INNERQ_INLINE V fold_lanes(V* v) {
-    int n = LANES / 2;
+// Folds COUNT vectors (LANES, or half as many) into one: lane i < COUNT becomes Op over the lanes of v[i]. Three
+// instructions a vector where one reduction after the other takes eight; v is overwritten.
+template <class Op, int COUNT = LANES, class V> INNERQ_INLINE V fold_lanes(V* v) {
 #if defined(INNERQ_AVX512)
+    int n = COUNT / 2;
     for (int i = 0; i < n; i++) {
         V a = INNERQ_SHUFFLE(v[i], v[i + n], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
         V b = INNERQ_SHUFFLE(v[i], v[i + n], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
@@ -126,14 +126,19 @@ template <class Op, class V> INNERQ_INLINE V fold_lanes(V* v) {
         V b = INNERQ_SHUFFLE(v[i], v[i + n], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
         v[i] = Op::of(a, b);
     }
+    if (COUNT == LANES / 2) {
+        V a = INNERQ_SHUFFLE(v[0], v[0], 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
+        V b = INNERQ_SHUFFLE(v[0], v[0], 1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15);
+        return Op::of(a, b);
+    }
     V a = INNERQ_SHUFFLE(v[0], v[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
     V b = INNERQ_SHUFFLE(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
     return Op::of(a, b);
 #else
     V result = {};
-    for (int i = 0; i < LANES; i++) {
+    for (int i = 0; i < COUNT; i++) {
         V folded = v[i];
-        for (int width = n; width > 0; width /= 2) {
+        for (int width = LANES / 2; width > 0; width /= 2) {
             V moved = {};
             for (int j = 0; j < width; j++) moved[j] = folded[j + width];
             folded = Op::of(folded, moved);

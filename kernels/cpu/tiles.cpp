@@ -70,16 +70,16 @@ INNERQ_INLINE Parameters load_parameters(const TensorSpec& spec, const BlockPoin
     return p;
 }
 
-template <bool ZEROS> INNERQ_INLINE Floats finish(const Parameters& p, Ints sums, const Factors& f) {
-    Floats centered = broadcast(f.centered);
-    if (!ZEROS) return p.s * (to_floats(sums) * f.scale - centered);
+template <bool ZEROS> INNERQ_INLINE Floats finish(const Parameters& p, Ints sums, const Factors& f, int index) {
+    Floats centered = broadcast(f.centered[index]);
+    if (!ZEROS) return p.s * (to_floats(sums) * f.scale[index] - centered);
     centered = p.off_center ? Floats{} : centered;
-    return p.s * (to_floats(sums) * f.scale - centered) + p.z * f.total;
+    return p.s * (to_floats(sums) * f.scale[index] - centered) + p.z * f.total[index];
 }
 
 template <int BITS, int ROWS, bool ZEROS>
 void score_blocks(const TensorSpec& spec, BlockPointers block, int tiles, int blocks, const int32_t* fours,
-                  const Factors* factors, const uint8_t* ahead, float* scores) {
+                  const Factors& factors, const uint8_t* ahead, float* scores) {
     for (int i = 0; i < blocks; i++) {
         for (int sub = 0; sub < SUBS; sub++) {
             Floats total[ROWS][2] = {};
@@ -90,7 +90,7 @@ void score_blocks(const TensorSpec& spec, BlockPointers block, int tiles, int bl
                 for (int half = 0; half < 2; half++) {
                     Parameters p = load_parameters<ZEROS>(spec, block, tile * BLOCK + half * 16 + sub * LANES);
                     for (int r = 0; r < ROWS; r++) {
-                        total[r][half] += finish<ZEROS>(p, sums[r][half].sums(), factors[tile * ROWS + r]);
+                        total[r][half] += finish<ZEROS>(p, sums[r][half].sums(), factors, tile * ROWS + r);
                     }
                 }
             }
@@ -108,7 +108,7 @@ void score_blocks(const TensorSpec& spec, BlockPointers block, int tiles, int bl
 
 template <int BITS, int ROWS, bool ZEROS>
 void add_value_blocks(const TensorSpec& spec, BlockPointers block, int tiles, int blocks, const int32_t* fours,
-                      const Factors* factors, const uint8_t* ahead, float* out) {
+                      const Factors& factors, const uint8_t* ahead, float* out) {
     for (int i = 0; i < blocks; i++) {
         for (int tile = 0; tile < tiles; tile++) {
             for (int sub = 0; sub < SUBS; sub++) {
@@ -120,7 +120,7 @@ void add_value_blocks(const TensorSpec& spec, BlockPointers block, int tiles, in
                     Parameters p = load_parameters<ZEROS>(spec, block, channel);
                     for (int r = 0; r < ROWS; r++) {
                         float* to = out + r * tiles * BLOCK + channel;
-                        store(to, load_floats(to) + finish<ZEROS>(p, sums[r][half].sums(), factors[i * ROWS + r]));
+                        store(to, load_floats(to) + finish<ZEROS>(p, sums[r][half].sums(), factors, i * ROWS + r));
                     }
                 }
             }

@@ -10,11 +10,11 @@ constexpr int CHUNK_BLOCKS = 2;
 constexpr int CHUNK = CHUNK_BLOCKS * BLOCK;
 
 // Of one query row and group: a dot product with the row's signed bytes means `scale * (sums - center * total)`, where
-// `total` is the sum of the bytes; a zero adds `zero * scale * total`.
+// `total` is the sum of the bytes; a zero adds `zero * scale * total`. Three arrays over the same index:
 struct Factors {
-    float scale;     // float value of one integer step
-    float centered;  // scale * symmetric_center * total
-    float total;     // scale * total
+    const float* scale;     // float value of one integer step
+    const float* centered;  // scale * symmetric_center * total
+    const float* total;     // scale * total
 };
 
 // Prefetching. The hardware alone loses a stream whenever the loop turns from keys to values, and memory would idle
@@ -32,7 +32,7 @@ INNERQ_INLINE void prefetch_lines(const uint8_t* from, int count) {
 //   keys:   out[r][token] = scores       fours [tiles][rows][8]    factors [tiles][rows]    out [rows][CHUNK]
 //   values: out[r][channel] += products  fours [blocks][rows][8]   factors [blocks][rows]   out [rows][32 * tiles]
 using BlockLoop = void (*)(const TensorSpec&, BlockPointers, int tiles, int blocks, const int32_t* fours,
-                           const Factors* factors, const uint8_t* ahead, float* out);
+                           const Factors& factors, const uint8_t* ahead, float* out);
 
 // rows is 1, 2, 4 or 8.
 BlockLoop block_loop_for(int rows, const TensorSpec& spec, bool values);
