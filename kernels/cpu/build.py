@@ -5,6 +5,7 @@ Plain C++ without a torch header, so that the build takes seconds. Nothing here 
 Environment:
     CXX: compiler to use; otherwise the first of g++, clang++, c++ that is installed.
     INNERQ_CACHE_DIR: where libraries are kept (default: ``$XDG_CACHE_HOME/innerq`` or ``~/.cache/innerq``).
+    INNERQ_CXXFLAGS: further compiler flags, such as a sanitizer's.
     INNERQ_CPU_ISA: ``native`` (default), or a lower path of :data:`ISA_FLAGS`, for tests and comparisons.
 """
 
@@ -55,7 +56,7 @@ def load(isa: str | None = None, extra_flags: tuple[str, ...] = ()) -> ctypes.CD
     isa = isa or os.environ.get("INNERQ_CPU_ISA", "native")
     if isa not in ISA_FLAGS:
         raise BuildError(f"INNERQ_CPU_ISA must be one of {', '.join(ISA_FLAGS)}, got {isa!r}")
-    return _load(isa, extra_flags)
+    return _load(isa, (*shlex.split(os.environ.get("INNERQ_CXXFLAGS", "")), *extra_flags))
 
 
 @functools.cache
