@@ -15,7 +15,7 @@ STAMP := $(VENV)/.innerq-installed
 TEST_PROCESSES ?= 2
 TEST_THREADS ?= 1
 
-.PHONY: help venv demo test check format wheel clean
+.PHONY: help venv demo test sanitize check format wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,6 +33,12 @@ demo: $(STAMP) ## run the demonstration
 
 test: $(STAMP) ## run the tests (ARGS="-k name" passes options to pytest)
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -P -m pytest -n $(TEST_PROCESSES) $(ARGS)
+
+# g++ only: the sanitizers' runtime has to be in the process before Python starts.
+sanitize: $(STAMP) ## run the CPU kernels' tests with address and undefined-behaviour sanitizers
+	CXX=g++ INNERQ_CXXFLAGS="-g0 -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -P -m pytest tests/test_cpu_kernels.py $(ARGS)
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .
