@@ -56,7 +56,7 @@ class InnerQLayer(CacheLayerMixin):
         self.batch_size, self.num_heads, num_new, self.head_dim = key_states.shape
         if self.max_cache_len is None:
             self.capacity = max(MIN_CAPACITY, _round_up(2 * num_new), self.capacity)
-        self.state = self._allocate(self.batch_size)
+        self.state = self._allocate()
         self.is_initialized = True
 
     def update(
@@ -169,7 +169,7 @@ class InnerQLayer(CacheLayerMixin):
         self.capacity = max(2 * self.capacity, MIN_CAPACITY, _round_up(num_tokens))
         if self.state is not None:
             old, self.state = self.state, None
-            self.state = self._allocate(self.batch_size)
+            self.state = self._allocate()
             for before, after in zip(old, self.state, strict=True):
                 after[tuple(slice(0, n) for n in before.shape)] = before
 
@@ -178,10 +178,10 @@ class InnerQLayer(CacheLayerMixin):
         """Bytes that the buffers occupy."""
         return 0 if self.state is None else state_bytes(self.state)
 
-    def _allocate(self, batch_size: int) -> LayerState:
+    def _allocate(self) -> LayerState:
         state = allocate_state(
             self.config,
-            batch_size=batch_size,
+            batch_size=self.batch_size,
             num_kv_heads=self.num_heads,
             head_dim=self.head_dim,
             capacity=self.capacity,
