@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from transformers.cache_utils import Cache
 
 from innerq_compile import InnerQCache, fold, fold_key_norm
-from innerq_compile.cache import InnerQLayer
 from innerq_compile.config import InnerQConfig
 from innerq_compile.demo.evaluate import Decoded, Prefill, agreement, kl_divergence, prefill
+from innerq_compile.layer import InnerQLayer
 from innerq_compile.quant import KEY_NORM_EPS
 
 CALIBRATION_TOKENS = 4096

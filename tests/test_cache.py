@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import DynamicCache, Gemma3TextConfig, MistralConfig
 
-from innerq_compile import cache as cache_module
-from innerq_compile.cache import InnerQCache, InnerQLayer
+from innerq_compile import layer as layer_module
+from innerq_compile.cache import InnerQCache
+from innerq_compile.layer import InnerQLayer
 from innerq_compile.layout import QUANTIZED
 
 
@@ -204,8 +205,8 @@ def test_settings_reach_the_cache_and_unknown_ones_are_refused(tiny_config):
 
 
 def test_uncompiled_decoding_is_told_once(tiny_model, caplog, monkeypatch):
-    monkeypatch.setattr(cache_module, "_told", set())
-    with caplog.at_level(logging.WARNING, logger="innerq_compile.cache"):
+    monkeypatch.setattr(layer_module, "_told", set())
+    with caplog.at_level(logging.WARNING, logger="innerq_compile.layer"):
         generate(tiny_model, prompt(5), past_key_values=InnerQCache(tiny_model.config))
-    told = [record for record in caplog.records if record.name == "innerq_compile.cache"]
+    told = [record for record in caplog.records if record.name == "innerq_compile.layer"]
     assert len(told) == 1 and "innerq_compile.enable(model)" in told[0].message

@@ -1,0 +1,267 @@
+"""One layer of the cache: its packed buffers and their life.
+
+Prefill (attends to itself, then is quantized), append, flush, crop, reorder, reset. What is computed is defined by the
+ops; this file only decides which op a call needs and keeps the buffers.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from innerq_compile import ops, reference
+from innerq_compile.config import BLOCK, InnerQConfig
+from innerq_compile.layout import PADS, SLOTS, LayerState, allocate_state, state_bytes
+
+logger = logging.getLogger(__name__)
+
+MIN_CAPACITY = 512
+"""Tokens a growing cache starts with, at least: below that the windows outweigh the packed part anyway."""
+
+
+class InnerQLayer(CacheLayerMixin):
+    """Keys and values of one attention layer, quantized behind 16-bit windows.
+
+    Args:
+        config: Settings.
+        max_cache_len: Capacity in tokens, or ``None`` for a layer that grows.
+    """
+
+    is_compileable = True
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, config: InnerQConfig, max_cache_len: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.spec = config.spec
+        self.max_cache_len = max_cache_len
+        self.capacity = max_cache_len or 0
+        self.is_empty = True
+        self.state: LayerState | None = None
+        self.padding_is_known = False
+        self._first_pads: torch.Tensor | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocates the buffers for keys and values [B, H, M, D] like these; M may be 0."""
+        if key_states.shape != value_states.shape:
+            raise ValueError(
+                f"InnerQ needs keys and values of one shape, got {tuple(key_states.shape)} and "
+                f"{tuple(value_states.shape)}"
+            )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads, num_new, self.head_dim = key_states.shape
+        if self.max_cache_len is None:
+            self.capacity = max(MIN_CAPACITY, _round_up(2 * num_new), self.capacity)
+        self.state = self._allocate()
+        if self._first_pads is not None:
+            self.state.counts[:, PADS] = self._first_pads.to(self.device)
+            self._first_pads = None
+        self.is_initialized = True
+
+    def set_pads(self, pads: torch.Tensor | None) -> None:
+        """Says how many columns of each row hold no token, counted from the first column of the cache.
+
+        Rows that hold a token already keep what they have: a pad can only stand in front of the first token.
+
+        Args:
+            pads: int64 [B]; ``None`` for no padding.
+        """
+        self.padding_is_known = True
+        if self.state is None:
+            self._first_pads = pads
+        elif pads is not None or self.is_empty:
+            slots, known = self.state.counts[:, SLOTS], self.state.counts[:, PADS]
+            new = torch.zeros_like(known) if pads is None else pads.to(known.device)
+            self.state.counts[:, PADS] = torch.where(slots <= known, new, known)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends keys and values [B, H, M, D] and returns those to attend to.
+
+        Returns:
+            On an empty layer the exact chunk itself, [B, H, M, D]. Otherwise [B, H, capacity, D]: the dequantized
+            past and the exact chunk, each in its slot.
+
+        Raises:
+            ValueError: Batch, heads, head_dim, dtype or device differ from the first call; nothing was changed.
+            RuntimeError: The chunk does not fit the capacity; nothing was changed.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.state is not None
+        self._check_input(key_states, value_states)
+        num_new = key_states.shape[2]
+        if self.is_empty:
+            if num_new > self.capacity:
+                raise RuntimeError(
+                    f"InnerQ cache is too small: a prompt of {num_new} tokens does not fit its capacity of "
+                    f"{self.capacity}; build the cache with a larger max_cache_len"
+                )
+            if self.batch_size > 1 and not self.padding_is_known:
+                _tell_once_that_padding_is_unknown()
+            self._append(key_states, value_states)
+            self.is_empty = False
+            return key_states, value_states
+        if num_new == 1 and not torch.compiler.is_compiling():
+            _tell_once_that_decoding_is_uncompiled()
+        if num_new <= self.config.max_fused_q_len:
+            self._append(key_states, value_states)
+            return self._dequantize()
+        # Some of a long chunk's own tokens may be quantized by its append, so the chunk is laid over the past first.
+        keys, values = self._dequantize()
+        slot = torch.arange(num_new, device=self.device) + self.state.counts[0, SLOTS]
+        keys, values = keys.index_copy(2, slot, key_states), values.index_copy(2, slot, value_states)
+        self._append(key_states, value_states)
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length of the keys that :meth:`update` will return, offset of the first)."""
+        return (query_length if self.is_empty else self.capacity), 0
+
+    def get_seq_length(self) -> int | torch.Tensor:
+        """Slots taken, as a 0-dim int64 tensor on the device (0 before the first call)."""
+        return 0 if self.state is None else self.state.counts[0, SLOTS].clone()
+
+    def get_max_length(self) -> int:
+        """Capacity in tokens; -1 for a layer that grows."""
+        return -1 if self.max_cache_len is None else self.max_cache_len
+
+    def get_max_cache_shape(self) -> int:
+        """Name of :meth:`get_max_length` up to transformers 5.17."""
+        return self.get_max_length()
+
+    def reset(self) -> None:
+        """Empties the layer without reallocating."""
+        self.is_empty = True
+        self.padding_is_known, self._first_pads = False, None
+        if self.state is not None:
+            self.state.counts.zero_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drops the last ``-tokens_to_remove`` tokens (transformers hands over a number <= 0).
+
+        Raises:
+            ValueError: A positive number.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the number of tokens to remove as a number <= 0, got {tokens_to_remove}")
+        if self.state is not None and tokens_to_remove:
+            reference.crop_kv(self.state, self.config, self.capacity, -int(tokens_to_remove))
+            self.is_empty = int(self.state.counts[0, SLOTS]) == 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes the former row ``beam_idx[i]``; the buffers keep their addresses."""
+        if self.state is not None:
+            index = beam_idx.to(self.device)
+            for buffer in self.state:
+                if buffer.numel():
+                    buffer.copy_(buffer.index_select(0, index))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times, next to each other."""
+        self.batch_select_indices(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows at ``indices``, in that order; the batch size may change."""
+        if self.state is not None:
+            index = indices.to(self.device)
+            self.state = LayerState(*(b.index_select(0, index) if b.numel() else b for b in self.state))
+            self.batch_size = len(index)
+            _mark_static(self.state)
+
+    def offload(self) -> None:
+        """Moves the buffers to the CPU."""
+        if self.state is not None:
+            self.state = LayerState(*(buffer.to("cpu", non_blocking=True) for buffer in self.state))
+
+    def prefetch(self) -> None:
+        """Brings offloaded buffers back."""
+        if self.state is not None and self.state.counts.device != self.device:
+            self.state = LayerState(*(buffer.to(self.device, non_blocking=True) for buffer in self.state))
+
+    def ensure_capacity(self, num_tokens: int) -> None:
+        """Doubles a growing layer until it holds ``num_tokens``; what is stored stays bit for bit."""
+        if self.max_cache_len is not None or num_tokens <= self.capacity:
+            return
+        self.capacity = max(2 * self.capacity, MIN_CAPACITY, _round_up(num_tokens))
+        if self.state is not None:
+            old, self.state = self.state, None
+            self.state = self._allocate()
+            for before, after in zip(old, self.state, strict=True):
+                after[tuple(slice(0, n) for n in before.shape)] = before
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that the buffers occupy."""
+        return 0 if self.state is None else state_bytes(self.state)
+
+    def _allocate(self) -> LayerState:
+        state = allocate_state(
+            self.config,
+            batch_size=self.batch_size,
+            num_kv_heads=self.num_heads,
+            head_dim=self.head_dim,
+            capacity=self.capacity,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        _mark_static(state)
+        return state
+
+    def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        assert self.state is not None
+        ops.append_kv(key, value, *self.state, self.capacity, self.spec)
+
+    def _dequantize(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.state is not None
+        return ops.dequantize_kv(*self.state, self.capacity, self.spec)
+
+    def _check_input(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        expected = (self.batch_size, self.num_heads, self.head_dim)
+        for name, x in (("keys", key), ("values", value)):
+            got = (x.shape[0], x.shape[1], x.shape[3])
+            if got != expected:
+                raise ValueError(f"InnerQ cache holds (batch, heads, head_dim) = {expected}, got {name} of {got}")
+            if x.dtype != self.dtype or x.device != self.device:
+                raise ValueError(
+                    f"InnerQ cache holds {self.dtype} on {self.device}, got {name} of {x.dtype} on {x.device}"
+                )
+
+
+def _mark_static(state: LayerState) -> None:
+    # A fixed address spares Dynamo a guard and lets CUDA graphs mutate the buffer. Not allowed while tracing.
+    if not torch.compiler.is_compiling():
+        for buffer in state:
+            torch._dynamo.mark_static_address(buffer)
+
+
+def _round_up(num_tokens: int) -> int:
+    return -(-num_tokens // (8 * BLOCK)) * 8 * BLOCK
+
+
+_told: set[str] = set()
+
+
+def _tell_once_that_decoding_is_uncompiled() -> None:
+    if "uncompiled" not in _told:
+        _told.add("uncompiled")
+        logger.warning(
+            "InnerQCache is being decoded without its backend: right, but slow. Call innerq_compile.enable(model) once "
+            '(or model.compile(backend="innerq")); torch.compile(model).generate() would compile nothing.'
+        )
+
+
+@torch.compiler.assume_constant_result  # so that it speaks while a prefill is being compiled, too
+def _tell_once_that_padding_is_unknown() -> None:
+    if "padding" not in _told:
+        _told.add("padding")
+        logger.warning(
+            "InnerQCache was not shown the 2-dimensional attention_mask of this batch. If its rows are padded, the "
+            "pads are not attended to, but they take part in quantization as if they were tokens. Call "
+            "cache.set_padding(attention_mask) before the model to leave them out."
+        )
