@@ -42,6 +42,7 @@ def __getattr__(name: str) -> object:
     if name == "InnerQCache":
         # The cache is to be fast without any compilation too. This builds nothing before the first token.
         import_module(f"{__name__}.kernels.cpu").register()
+        import_module(f"{__name__}.kernels.triton").register()
     globals()[name] = value
     return value
 

@@ -102,9 +102,10 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 def register_kernels() -> None:
     """Attaches the fast kernels to the ops; where one cannot be built, the reference stays."""
-    from innerq_compile.kernels import cpu
+    from innerq_compile.kernels import cpu, triton
 
     cpu.register()
+    triton.register()
 
 
 def _needs_cpp_compiler(example_inputs: Sequence[Any]) -> bool:

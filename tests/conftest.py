@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported: the kernels then run on CPU tensors, program by program. A test that
+    # compiles them ahead of time does so in a process of its own, without the variable.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from innerq_compile.config import InnerQConfig
