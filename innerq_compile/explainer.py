@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -41,9 +42,12 @@ def explain(
         reports.append(run_passes(gm))
         return gm.forward
 
+    # generate() says where tokens stand, and some models break their graph to find out themselves.
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    positions = {"position_ids": torch.full_like(input_ids[:, -1:], input_ids.shape[1])} if takes_positions else {}
     with torch.no_grad():
         model.forward(input_ids, past_key_values=cache)
-        torch.compile(model.forward, backend=record)(input_ids[:, -1:], past_key_values=cache)
+        torch.compile(model.forward, backend=record)(input_ids[:, -1:], past_key_values=cache, **positions)
     report = sum(reports, Report()) + Report(_unquantized(model, cache))
     return report if report.found else report + Report(note=_advice(model, cache))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import fx
@@ -13,12 +13,17 @@ _VIEWS = frozenset(
 )
 
 
-def first_mutation(buffers: Iterable[fx.Node], *, after: fx.Node, before: fx.Node) -> fx.Node | None:
-    """The first node strictly between two nodes that may write into the storage of one of ``buffers``."""
+def first_mutation(
+    buffers: Iterable[fx.Node], *, after: fx.Node, before: fx.Node, ignoring: Container[fx.Node] = ()
+) -> fx.Node | None:
+    """The first node strictly between two nodes that may write into the storage of one of ``buffers``.
+
+    Nodes in ``ignoring`` are known not to.
+    """
     roots = {_root(buffer) for buffer in buffers}
     node = after.next
     while node is not before:
-        if _may_write(node) and roots & {_root(argument) for argument in node.all_input_nodes}:
+        if node not in ignoring and _may_write(node) and roots & {_root(argument) for argument in node.all_input_nodes}:
             return node
         node = node.next
     return None

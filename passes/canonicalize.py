@@ -23,13 +23,19 @@ ATTENTION = "scaled_dot_product_attention"
 SAME = frozenset({"alias", "clone", "contiguous", "detach", "expand", "reshape", "slice", "to", "view"})
 """Ops that return their input unchanged whenever shape and dtype of the result are those of the input."""
 
+ASSERTION = torch.ops.aten._assert_tensor_metadata.default
+"""What torch.export leaves before a cast: that the dtype is the one it saw."""
+
 _FUNCTIONS = {
     getattr(owner, name): name
     for name in (*SAME, ATTENTION, "unsqueeze", "repeat_interleave", "transpose", "matmul", "index_copy")
+    + ("add", "mul", "div", "softmax", "tanh", "cat", "dropout")
     for owner in (torch, F, torch.Tensor)
     if hasattr(owner, name)
 }
-_ATEN_NAMES = {"_to_copy": "to", "_unsafe_view": "view"}
+_FUNCTIONS |= {operator.matmul: "matmul", operator.add: "add", operator.mul: "mul", operator.truediv: "div"}
+_FUNCTIONS |= {operator.iadd: "add_", operator.imul: "mul_", operator.itruediv: "div_"}
+_ATEN_NAMES = {"_to_copy": "to", "_unsafe_view": "view", "_softmax": "softmax"}
 
 
 def canonicalize(graph: fx.Graph) -> None:
@@ -52,6 +58,11 @@ def op_name(node: fx.Node) -> str:
         owner = getattr(target, "__module__", None) or "torch"
         return _FUNCTIONS.get(target) or f"{owner}.{getattr(target, '__name__', target)}"
     return node.op
+
+
+def users_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes that compute something from ``node``; what torch.export only asserts about it does not count."""
+    return [user for user in node.users if user.target is not ASSERTION]
 
 
 def value_of(node: Any) -> Any:

@@ -26,6 +26,6 @@ def fuse_decode(graph: fx.Graph, site: DecodeSite, *, exact: bool) -> fx.Node:
         )
     fused.meta = dict(site.attention.meta)
     site.attention.replace_all_uses_with(fused)
-    for node in (site.attention, *reversed(site.views), site.dequantize):
+    for node in (site.attention, *reversed(site.dead), site.dequantize):
         graph.erase_node(node)
     return fused

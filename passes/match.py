@@ -1,8 +1,9 @@
 """Finds every place where a layer attends to its quantized cache and says whether it can be rewritten, or why not.
 
 The anchor is ``innerq::dequantize_kv``, an op of our own. From its two results the matcher walks forward: nothing but
-the repetition of heads may stand between them and one ``scaled_dot_product_attention``, which must mean what
-``innerq::decode_attention`` means. Whatever else it meets becomes a :class:`Refusal`; the graph is not touched.
+the repetition of heads may stand between them and one ``scaled_dot_product_attention``, or one attention written out as
+matmul, softmax, matmul, which must mean what ``innerq::decode_attention`` means. Whatever else it meets becomes a
+:class:`Refusal`; the graph is not touched.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,13 +22,15 @@ from innerq_compile import ops
 from innerq_compile.config import InnerQConfig
 from innerq_compile.passes.aliasing import first_mutation
 from innerq_compile.passes.canonicalize import (
-    ATTENTION,
+    ASSERTION,
     AttentionCall,
     op_name,
     read_attention,
     repeats_heads,
     value_of,
 )
+from innerq_compile.passes.spelled_out import Attention, Mismatch, only_user, read_spelled_out
+from innerq_compile.passes.traced_graph import graph_order
 from innerq_compile.report import LEFT, REFUSED
 
 
@@ -37,8 +41,8 @@ class DecodeSite:
     Attributes:
         path: Module path of the layer.
         dequantize: The ``dequantize_kv`` node.
-        views: Its two results and their repetitions over the query heads: dead after the rewrite.
-        attention: The attention node, where the fused op takes its place.
+        dead: Everything between it and the attention's result, in graph order: dead after the rewrite.
+        attention: The node of the attention's result, where the fused op takes its place.
         query, mask: Arguments of the attention, [B, Hq, q_len, D] and broadcastable to [B, Hq, q_len, capacity].
         state: The layer's buffers, in the order of :class:`~innerq_compile.layout.LayerState`.
         sm_scale: Softmax scale.
@@ -48,7 +52,7 @@ class DecodeSite:
 
     path: str
     dequantize: fx.Node
-    views: tuple[fx.Node, ...]
+    dead: tuple[fx.Node, ...]
     attention: fx.Node
     query: fx.Node
     state: tuple[fx.Node, ...]
@@ -73,13 +77,6 @@ class Refusal:
     node: fx.Node
     reason: str
     status: str = REFUSED
-
-
-class _Mismatch(Exception):  # noqa: N818  never leaves this file: how a check deep in the walk says why it stops
-    def __init__(self, reason: str, status: str = REFUSED) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.status = status
 
 
 def match(graph: fx.Graph) -> list[DecodeSite | Refusal]:
@@ -108,17 +105,17 @@ def _match_site(dequantize: fx.Node) -> DecodeSite | Refusal:
     *buffers, capacity, spec = arguments
     try:
         keys, values = _results(dequantize)
-        key_views, attention, call = _walk_to_attention(keys, "keys", spec)
-        value_views, value_attention, _ = _walk_to_attention(values, "values", spec)
-        if attention is not value_attention:
-            raise _Mismatch("keys and values go to different attentions")
+        key_views, value_views = _views(keys, "keys"), _views(values, "values")
+        attention = _attention_over(key_views[-1], spec)
+        call = attention.call
+        _check_values(attention, value_views[-1], spec)
         if call.key is not key_views[-1] or call.value is not value_views[-1]:
-            raise _Mismatch("keys and values of the cache do not stand as keys and values of the attention")
+            raise Mismatch("keys and values of the cache do not stand as keys and values of the attention")
         site = DecodeSite(
             path=path,
             dequantize=dequantize,
-            views=(*key_views, *value_views),
-            attention=attention,
+            dead=_with_assertions((*key_views, *value_views, *attention.steps)),
+            attention=attention.result,
             query=call.query,
             state=tuple(buffers),
             mask=call.attn_mask,
@@ -126,100 +123,125 @@ def _match_site(dequantize: fx.Node) -> DecodeSite | Refusal:
             capacity=capacity,
             spec=spec,
         )
-        _check_call(call, site.views)
+        _check_call(call, site.dead)
         _check_shapes(site, call)
-        mutation = first_mutation(site.state, after=dequantize, before=attention)
-        if mutation is not None:
-            raise _Mismatch(f"{op_name(mutation)} changes the cache between its read and the attention")
-    except _Mismatch as mismatch:
+        _check_writes(site, attention)
+    except Mismatch as mismatch:
         return Refusal(path, dequantize, mismatch.reason, mismatch.status)
     return site
+
+
+def _with_assertions(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    asserted = [user for node in nodes for user in node.users if user.target is ASSERTION]
+    return tuple(graph_order(nodes[0].graph, (*nodes, *asserted)))
 
 
 def _results(dequantize: fx.Node) -> tuple[fx.Node, fx.Node]:
     taken = [user.args[1] for user in dequantize.users if user.target is operator.getitem]
     if len(taken) != len(dequantize.users) or sorted(taken, key=str) != [0, 1]:
-        raise _Mismatch("keys and values are not each taken exactly once from dequantize_kv")
+        raise Mismatch("keys and values are not each taken exactly once from dequantize_kv")
     keys, values = sorted(dequantize.users, key=lambda user: user.args[1])  # type: ignore[arg-type,return-value]
     return keys, values
 
 
-def _walk_to_attention(first: fx.Node, which: str, spec: str) -> tuple[list[fx.Node], fx.Node, AttentionCall]:
-    """The views of ``first`` up to the attention, that attention, and its arguments."""
+def _views(first: fx.Node, which: str) -> list[fx.Node]:
+    """``first`` and its repetitions over the query heads; the last one has one user, which is something else."""
     views = [first]
     while True:
-        node = views[-1]
-        if len(node.users) != 1:
-            count = "no user" if not node.users else "a second user"
-            raise _Mismatch(f"{which} have {count}: {', '.join(map(op_name, node.users)) or 'none'}")
-        [user] = node.users
-        call = read_attention(user)
-        if call is not None:
-            return views, user, call
-        if not user.args or user.args[0] is not node or not repeats_heads(user):
-            raise _foreign_op(user, which, spec)
+        user = only_user(views[-1], which)
+        if not user.args or user.args[0] is not views[-1] or not repeats_heads(user):
+            return views
         views.append(user)
 
 
-def _foreign_op(node: fx.Node, which: str, spec: str) -> _Mismatch:
+def _attention_over(key: fx.Node, spec: str) -> Attention:
+    """The attention that reads ``key``."""
+    user = only_user(key, "keys")
+    call = read_attention(user)
+    attention = Attention(call, user) if call else read_spelled_out(key)
+    if attention is None:
+        raise _foreign_op(user, "keys", spec)
+    return attention
+
+
+def _check_values(attention: Attention, value: fx.Node, spec: str) -> None:
+    user = only_user(value, "values")
+    if user is attention.result:
+        return
+    if read_attention(user) or op_name(user) == op_name(attention.result):
+        raise Mismatch("keys and values go to different attentions")
+    raise _foreign_op(user, "values", spec)
+
+
+def _foreign_op(node: fx.Node, which: str, spec: str) -> Mismatch:
     name = op_name(node)
     if name == "index_copy" and len(node.args) > 3:
         longest = InnerQConfig.from_spec(spec).max_fused_q_len
-        return _Mismatch(f"chunk of more than {longest} query tokens: attends through SDPA", LEFT)
-    if name.split(".")[-1] in {"matmul", "transpose", "einsum", "bmm"}:
-        return _Mismatch(
-            f"{which} go to {name}: attention is spelled out instead of {ATTENTION}; "
-            'load the model with attn_implementation="sdpa"'
-        )
-    return _Mismatch(f"{name} stands between dequantize_kv and the attention ({which})")
+        return Mismatch(f"chunk of more than {longest} query tokens: attends through SDPA", LEFT)
+    if name.endswith("flex_attention"):
+        return Mismatch('flex_attention takes functions for masks and scores; use attn_implementation="sdpa"')
+    return Mismatch(f"{name} stands between dequantize_kv and the attention ({which})")
 
 
 def _sm_scale(call: AttentionCall) -> float:
     if call.scale is None:
         return 1.0 / math.sqrt(_shape_of(call.query, "query")[-1])
     if not isinstance(call.scale, int | float):
-        raise _Mismatch("the softmax scale is computed in the graph")
+        raise Mismatch("the softmax scale is computed in the graph")
     return float(call.scale)
 
 
-def _check_call(call: AttentionCall, views: tuple[fx.Node, ...]) -> None:
-    if call.query in views or call.attn_mask in views:
-        raise _Mismatch("the cache is also the query or the mask of its attention")
+def _check_call(call: AttentionCall, dead: tuple[fx.Node, ...]) -> None:
+    if call.query in dead or call.attn_mask in dead:
+        raise Mismatch("the cache is also the query or the mask of its attention")
     if call.dropout_p != 0.0:
-        raise _Mismatch(f"dropout_p = {call.dropout_p}")
+        raise Mismatch(f"dropout_p = {call.dropout_p}")
     if call.is_causal is not False:
-        raise _Mismatch("is_causal: a decode step needs an explicit mask")
+        raise Mismatch("is_causal: a decode step needs an explicit mask")
     if call.attn_mask is None:
-        raise _Mismatch("no mask: empty slots of the cache would be attended")
+        raise Mismatch("no mask: empty slots of the cache would be attended")
 
 
 def _check_shapes(site: DecodeSite, call: AttentionCall) -> None:
     query, mask = _shape_of(call.query, "query"), _shape_of(call.attn_mask, "mask")
-    keys, key_heads = _shape_of(site.views[0], "keys"), _shape_of(call.key, "keys")[1]
+    keys, key_heads = _shape_of(site.dead[0], "keys"), _shape_of(call.key, "keys")[1]
     if value_of(call.query).requires_grad or value_of(call.attn_mask).requires_grad:
-        raise _Mismatch("query or mask need a gradient; decode under torch.no_grad() or torch.inference_mode()")
+        raise Mismatch("query or mask need a gradient; decode under torch.no_grad() or torch.inference_mode()")
     if value_of(call.query).dtype != value_of(call.key).dtype:
-        raise _Mismatch(f"query of {value_of(call.query).dtype}, keys of {value_of(call.key).dtype}")
+        raise Mismatch(f"query of {value_of(call.query).dtype}, keys of {value_of(call.key).dtype}")
     if len(query) != 4 or not statically_known_true(query[0] == keys[0]) or query[3] != keys[3]:
-        raise _Mismatch(f"query of shape {tuple(query)} does not fit keys of shape {tuple(keys)}")
+        raise Mismatch(f"query of shape {tuple(query)} does not fit keys of shape {tuple(keys)}")
     if query[1] % keys[1]:
-        raise _Mismatch(f"{query[1]} query heads are not a multiple of {keys[1]} key-value heads")
+        raise Mismatch(f"{query[1]} query heads are not a multiple of {keys[1]} key-value heads")
     if key_heads != query[1] and not call.enable_gqa and key_heads != 1:
-        raise _Mismatch(f"{query[1]} query heads meet {key_heads} key-value heads without enable_gqa")
+        raise Mismatch(f"{query[1]} query heads meet {key_heads} key-value heads without enable_gqa")
     longest = InnerQConfig.from_spec(site.spec).max_fused_q_len
     if not statically_known_true(query[2] <= longest):
-        raise _Mismatch(f"chunk of more than {longest} query tokens: attends through SDPA", LEFT)
+        raise Mismatch(f"chunk of more than {longest} query tokens: attends through SDPA", LEFT)
     wanted = (*query[:3], keys[2])
     offset = len(wanted) - len(mask)
     if offset < 0 or not all(
         statically_known_true(m == 1) or statically_known_true(m == w)
         for m, w in zip(mask, wanted[offset:], strict=True)
     ):
-        raise _Mismatch(f"mask of shape {tuple(mask)} does not broadcast to {tuple(wanted)}")
+        raise Mismatch(f"mask of shape {tuple(mask)} does not broadcast to {tuple(wanted)}")
+
+
+def _check_writes(site: DecodeSite, attention: Attention) -> None:
+    """The fused op reads everything where the attention ends; the attention reads some of it earlier."""
+    mutation = first_mutation(site.state, after=site.dequantize, before=site.attention)
+    if mutation is not None:
+        raise Mismatch(f"{op_name(mutation)} changes the cache between its read and the attention")
+    if attention.steps:
+        mutation = first_mutation(
+            (site.query, site.mask), after=attention.steps[0], before=site.attention, ignoring=attention.steps
+        )
+        if mutation is not None:
+            raise Mismatch(f"{op_name(mutation)} may change the query or the mask while they are attended with")
 
 
 def _shape_of(node: Any, which: str) -> torch.Size:
     value = value_of(node)
     if not isinstance(value, torch.Tensor):
-        raise _Mismatch(f"the shape of the {which} is unknown")
+        raise Mismatch(f"the shape of the {which} is unknown")
     return value.shape

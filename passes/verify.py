@@ -33,7 +33,7 @@ def verify(gm: fx.GraphModule, found: Sequence[DecodeSite | Refusal], report: Re
     sites = [item for item in found if isinstance(item, DecodeSite)]
     kept = {item.node for item in found if isinstance(item, Refusal) and item.node.target is ops.dequantize_kv}
     for site in sites:
-        survivors = [node for node in (site.dequantize, *site.views, site.attention) if node in alive]
+        survivors = [node for node in (site.dequantize, *site.dead, site.attention) if node in alive]
         if survivors:
             raise PassError(site.path, f"{survivors} survived the rewrite")
         for node in _derived(site.state, stop=kept):

@@ -144,8 +144,13 @@ class TestExplain:
     def test_works_on_an_enabled_model_and_a_given_prompt(self, tiny_model):
         assert explain(enable(tiny_model), prompt(5), preset="int8").rewritten == 2
 
-    def test_names_the_line_to_change_for_eager_attention(self, tiny_config, make_model):
+    def test_eager_attention_is_rewritten_too(self, tiny_config, make_model):
         tiny_config._attn_implementation = "eager"
+        report = explain(make_model(tiny_config))
+        assert (report.rewritten, report.refused) == (2, 0)
+
+    def test_names_the_line_to_change_for_flex_attention(self, tiny_config, make_model):
+        tiny_config._attn_implementation = "flex_attention"
         report = explain(make_model(tiny_config))
         assert (report.rewritten, report.refused) == (0, 2)
         assert all('attn_implementation="sdpa"' in site.reason for site in report.sites)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 from innerq_compile import ops
 from innerq_compile.config import InnerQConfig
@@ -232,7 +233,7 @@ def test_symbolic_batch_and_query_length_are_fused():
 def test_default_scale_is_the_one_of_sdpa():
     captured = Captured(grouped, inputs())
     [fused] = [node for node in captured.graphs[0].graph.nodes if node.target is ops.decode_attention]
-    assert fused.args[12] == 1 / math.sqrt(HEAD_DIM)
+    assert fused.args[1 + len(LayerState._fields) + 1] == 1 / math.sqrt(HEAD_DIM)
 
 
 def test_metadata_of_the_attention_moves_to_the_fused_node():
@@ -342,11 +343,9 @@ def scale_from_the_graph(query, key, value, mask, state):
     return attend(query, *dequantize(state), mask, scale=query.shape[0] * 0.1)
 
 
-def eager_attention(query, key, value, mask, state):
+def flex(query, key, value, mask, state):
     append(key, value, state)
-    keys, values = (repeat_kv(x, 2) for x in dequantize(state))
-    scores = (query @ keys.transpose(2, 3) * 0.2).masked_fill(~mask, -1e9)
-    return torch.softmax(scores, -1) @ values
+    return flex_attention(query, *dequantize(state), enable_gqa=True)
 
 
 NEAR_MISSES = [
@@ -365,10 +364,11 @@ NEAR_MISSES = [
     (queries_itself, "also the query"),
     (appended_in_between, "append_kv changes the cache between its read and the attention"),
     (cropped_in_between, "sub_ changes the cache"),
-    (eager_attention, 'attn_implementation="sdpa"'),
+    (flex, 'flex_attention takes functions .* use attn_implementation="sdpa"'),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize(("step", "reason"), NEAR_MISSES, ids=lambda x: getattr(x, "__name__", ""))
 def test_near_miss_is_left_alone_and_reported(step, reason):
     torch.manual_seed(0)
@@ -380,6 +380,188 @@ def test_near_miss_is_left_alone_and_reported(step, reason):
 
 def _raise(text):
     raise ValueError(text)
+
+
+def spelled_out(query, key, value, mask, state, *, steps=lambda scores, mask: scores * 0.2 + mask, last=lambda x: x):
+    """Eager attention of transformers; ``steps`` leads from the scores to the softmax, ``last`` from it to the values.
+
+    The mask becomes additive, once, as the model does it for all its layers.
+    """
+    append(key, value, state)
+    keys, values = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in dequantize(state))
+    bias = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    scores = steps(query @ keys.transpose(2, 3), bias)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return last(weights) @ values
+
+
+def eager_llama(*arguments):
+    return spelled_out(*arguments, last=lambda x: F.dropout(x, p=0.0, training=False))
+
+
+def eager_falcon(query, key, value, mask, state):
+    append(key, value, state)
+    keys, values = dequantize(state)
+    bias = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    scores = query @ keys.repeat_interleave(2, 1).transpose(-1, -2)
+    scores /= math.sqrt(HEAD_DIM)
+    return F.softmax(scores + bias, dim=-1, dtype=query.dtype) @ values.repeat_interleave(2, 1)
+
+
+def eager_with_methods(query, key, value, mask, state):
+    append(key, value, state)
+    keys, values = (repeat_kv(x, 2) for x in dequantize(state))
+    scores = torch.mul(query.matmul(keys.transpose(-2, -1)), 0.5).div(2).float().contiguous()
+    weights = torch.softmax(torch.add(torch.where(mask, 0.0, -1e9), scores), 3)
+    return torch.matmul(F.dropout(weights.type(query.dtype), 0.7, False).type_as(query), values)
+
+
+def eager_unscaled_shared_head(query, key, value, mask, state):
+    """One key-value head that broadcasts over the query heads; the query was scaled before."""
+    append(key, value, state)
+    keys, values = dequantize(state)
+    return torch.softmax(query @ keys.transpose(2, 3) + torch.where(mask, 0.0, -1e9), -1) @ values
+
+
+def spelled_count(gm: torch.fx.GraphModule) -> int:
+    return sum(getattr(node.target, "__name__", node.target) in {"matmul", "softmax"} for node in gm.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("step", "heads"),
+    [(spelled_out, 2), (eager_llama, 2), (eager_falcon, 2), (eager_with_methods, 2), (eager_unscaled_shared_head, 1)],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_spelled_out_attention_is_fused_and_computes_the_same(step, heads):
+    captured = Captured(step, inputs(num_kv_heads=heads))
+    assert captured.before == {"dequantize": 1, "sdpa": 0, "fused": 0}
+    assert captured.after == {"dequantize": 0, "sdpa": 0, "fused": 1} and not spelled_count(captured.graphs[0])
+    assert (captured.report.found, captured.report.rewritten, captured.report.refused) == (1, 1, 0)
+    assert_same(captured)
+
+
+@pytest.mark.parametrize(
+    ("steps", "scale"),
+    [
+        (lambda scores, mask: scores + mask, 1.0),
+        (lambda scores, mask: 0.25 * scores / 2 + mask, 0.125),
+        (lambda scores, mask: mask + scores, 1.0),
+    ],
+)
+def test_scale_of_spelled_out_attention_is_gathered(steps, scale):
+    captured = Captured(lambda *arguments: spelled_out(*arguments, steps=steps), inputs())
+    [fused] = [node for node in captured.graphs[0].graph.nodes if node.target is ops.decode_attention]
+    assert fused.args[1 + len(LayerState._fields) + 1] == scale
+    assert_same(captured)
+
+
+def test_spelled_out_attention_in_16_bit_is_fused():
+    query, key, value, mask, state = inputs()
+    state = state._replace(k_window=state.k_window.bfloat16(), v_window=state.v_window.bfloat16())
+    query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
+    captured = Captured(eager_llama, (query, key, value, mask, state))
+    assert captured.report.rewritten == 1 and captured.got.dtype == torch.bfloat16
+    # The spelled out steps round scores and weights to bfloat16, the fused op only its result.
+    exact = ops.DEFAULTS["decode_attention"](
+        query.double(), *captured.plain_arguments[-1], mask, 0.2, CAPACITY, CONFIG.spec
+    )
+    fused, spelled = ((x.double() - exact).abs().max() for x in (captured.got, captured.expected))
+    assert fused <= spelled
+
+
+def second_user_of_weights(*arguments):
+    """What a model does whose output_attentions is set."""
+    kept = []
+    out = spelled_out(*arguments, last=lambda weights: kept.append(weights) or weights)
+    return out, kept[0]
+
+
+def shared_scores(*arguments):
+    kept = []
+    out = spelled_out(*arguments, steps=lambda scores, mask: kept.append(scores) or scores + mask)
+    return out + kept[0].mean()
+
+
+def sinks(scores, mask):
+    scores = torch.cat([scores + mask, torch.zeros(1, 4, 1, 1)], dim=-1)
+    return scores - scores.max(dim=-1, keepdim=True).values
+
+
+def not_keys(query, key, value, mask, state):
+    append(key, value, state)
+    keys, values = dequantize(state)
+    return (keys.transpose(2, 3) @ key.new_ones(1, 2, CAPACITY, CAPACITY)).softmax(-1) @ values
+
+
+def softmax_over_queries(query, key, value, mask, state):
+    append(key, value, state)
+    keys, values = dequantize(state)
+    return torch.softmax(query[:, :2] @ keys.transpose(2, 3), 2) @ values
+
+
+def weights_of_another_layer(query, key, value, mask, state):
+    append(key, value, state)
+    keys, values = dequantize(state)
+    weights = torch.softmax(query[:, :2] @ keys.transpose(2, 3) + torch.where(mask, 0.0, -1e9), -1)
+    return weights @ value.expand(1, 2, CAPACITY, HEAD_DIM) + mask.float() @ values
+
+
+def query_changes_on_the_way(query, key, value, mask, state):
+    query = query * 1.0
+    return spelled_out(query, key, value, mask, state, last=lambda weights: (query.zero_(), weights)[1])
+
+
+SPELLED_NEAR_MISSES = [
+    (second_user_of_weights, "attention weights have a second user: .*output_attentions"),
+    (shared_scores, "attention scores have a second user"),
+    (lambda scores, mask: torch.tanh(scores / 50.0) * 50.0 + mask, "logit soft-capping"),
+    (sinks, "learned sink logits: cat"),
+    (lambda scores, mask: scores.masked_fill(mask < 0, -1e9), "masked_fill stands between the attention scores"),
+    (lambda scores, mask: scores + (mask == 0), "a mask of torch.bool is added"),
+    (lambda scores, mask: (scores + mask) * 0.5, "mul stands between the attention scores"),
+    (lambda scores, mask: scores + mask + mask, "add stands between the attention scores"),
+    (lambda scores, mask: 1.0 / scores + mask, "a number is divided by the attention scores"),
+    (lambda scores, mask: scores * 0.2, "no mask: empty slots"),
+    (lambda scores, mask: scores * mask.amax() + mask, "mul stands between the attention scores"),
+    (lambda scores, mask: torch.add(scores, mask, alpha=2), "add stands between the attention scores"),
+    (lambda scores, mask: torch.div(scores, 2, rounding_mode="floor") + mask, "div stands between"),
+    (not_keys, "no product of queries and keys"),
+    (softmax_over_queries, "the softmax does not run over the keys"),
+    (weights_of_another_layer, "keys and values go to different attentions"),
+    (query_changes_on_the_way, "zero_ may change the query or the mask"),
+]
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"), SPELLED_NEAR_MISSES, ids=[reason[:40] for _, reason in SPELLED_NEAR_MISSES]
+)
+def test_spelled_out_near_miss_is_left_alone_and_reported(step, reason):
+    if step is sinks or step.__name__ == "<lambda>":
+        steps = step
+
+        def step(*arguments):
+            last = (lambda weights: weights[..., :-1]) if steps is sinks else (lambda weights: weights)
+            return spelled_out(*arguments, steps=steps, last=last)
+
+    captured = Captured(step, inputs())
+    assert captured.after == captured.before
+    assert (captured.report.found, captured.report.rewritten, captured.report.refused) == (1, 0, 1)
+    pytest.raises(ValueError, _raise, captured.reason).match(reason)
+
+
+@pytest.mark.parametrize(
+    ("last", "reason"),
+    [
+        (lambda weights: F.dropout(weights, 0.5, True), "dropout_p = 0.5"),
+        (lambda weights: weights * 1.0, "mul stands between the attention weights and the values"),
+        (lambda weights: weights.to(torch.int32).float(), "to stands between the attention weights"),
+    ],
+)
+def test_changed_attention_weights_are_left_alone(last, reason):
+    torch.manual_seed(0)
+    captured = Captured(lambda *arguments: spelled_out(*arguments, last=last), inputs())
+    assert captured.after == captured.before
+    pytest.raises(ValueError, _raise, captured.reason).match(reason)
 
 
 def test_keys_and_values_of_two_caches_are_left_alone():
@@ -503,12 +685,15 @@ def exported(step):
     return program.module()
 
 
-@pytest.mark.parametrize("step", [decode_step, grouped, interleaved], ids=lambda step: step.__name__)
+@pytest.mark.parametrize(
+    "step", [decode_step, grouped, interleaved, eager_llama, eager_falcon], ids=lambda step: step.__name__
+)
 def test_exported_dialect_is_fused(step):
     gm = exported(step)
     assert run_passes(gm).rewritten == 1
     assert sum(node.target is ops.decode_attention for node in gm.graph.nodes) == 1
     assert not any("scaled_dot_product" in str(node.target) for node in gm.graph.nodes)
+    assert not any("softmax" in str(node.target) for node in gm.graph.nodes)
 
 
 def test_exported_near_miss_is_refused():
