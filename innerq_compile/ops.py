@@ -7,6 +7,7 @@ as the string :attr:`InnerQConfig.spec <innerq_compile.config.InnerQConfig.spec>
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -96,14 +97,40 @@ DEFAULTS: dict[str, Callable[..., Any]] = {
 }
 """Op -> default implementation: what a kernel calls for a cache that it does not serve."""
 
+_BEFORE_FIRST_CALL: dict[str, Callable[[], object]] = {}
+
+
+def before_first_call(device_type: str, attach: Callable[[], object]) -> None:
+    """Has ``attach`` called before the first op on a device: kernels that are built on first use attach themselves.
+
+    Once per device type; a second call does nothing.
+    """
+    _BEFORE_FIRST_CALL.setdefault(device_type, functools.cache(attach))
+
+
+def _default(name: str) -> Callable[..., Any]:
+    """The default implementation, which gives way to kernels that attach themselves on this call."""
+    attached: set[str] = set()
+
+    def call(*args: Any) -> Any:
+        device_type = next(x.device.type for x in args if isinstance(x, torch.Tensor))
+        if device_type in _BEFORE_FIRST_CALL and device_type not in attached:
+            attached.add(device_type)
+            _BEFORE_FIRST_CALL[device_type]()
+            return getattr(torch.ops.innerq, name).default(*args)
+        return DEFAULTS[name](*args)
+
+    return call
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "append_kv": _append_kv_fake,
     "dequantize_kv": _dequantize_kv_fake,
     "decode_attention": _decode_attention_fake,
 }
 
-for _name, _impl in DEFAULTS.items():
-    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+for _name in DEFAULTS:
+    _library.impl(_name, _default(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _FAKES[_name], lib=_library)
 
 append_kv = torch.ops.innerq.append_kv.default

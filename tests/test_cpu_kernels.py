@@ -1,5 +1,6 @@
 """The C++ kernels against the reference: codes bit for bit, attention within budgets computed from the data."""
 
+import functools
 import itertools
 import os
 import platform
@@ -10,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from innerq_compile import reference
+from innerq_compile import ops, reference
 from innerq_compile.config import BITS, BLOCK, LEVELS, MODES, InnerQConfig
-from innerq_compile.kernels.cpu import build, unsupported
-from innerq_compile.kernels.cpu.launch import Kernels
+from innerq_compile.kernels.cpu import attach, build, unsupported
 from innerq_compile.layout import PADS, LayerState, allocate_state
 
 CAPACITY = 640
@@ -40,7 +40,23 @@ def load_kernels():
         build.find_compiler()
     except build.BuildError as error:
         pytest.skip(str(error))
-    return lambda isa="native": Kernels(build.load(isa))
+    return lambda isa="native": attached(isa)
+
+
+@functools.cache
+def attached(isa):
+    """The ops once more, in a namespace of their own, with the kernels of one instruction set path."""
+    namespace = f"innerq_test_{isa}"
+    library = torch.library.Library(namespace, "DEF")
+    for name, default in ops.DEFAULTS.items():
+        library.define(str(getattr(ops, name)._schema).removeprefix("innerq::"))
+        library.impl(name, default, "CompositeExplicitAutograd")
+    attach(namespace, isa)
+    keep_alive.append(library)
+    return getattr(torch.ops, namespace)
+
+
+keep_alive = []
 
 
 def new_state(config, dtype=torch.float32, head_dim=64, batch=2, heads=2, capacity=CAPACITY, pads=0):

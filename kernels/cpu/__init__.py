@@ -1,60 +1,48 @@
 """CPU kernels in C++: append_kv, dequantize_kv and decode_attention at the speed of memory.
 
-Importing this package or calling :func:`register` builds nothing; the first op call does (see :mod:`.build`).
+Importing this package or calling :func:`register` builds nothing; the first op call on the CPU does (see
+:mod:`.build`). From then on the dispatcher calls C++ directly.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import warnings
-from collections.abc import Callable
-from typing import Any
-
-import torch
 
 from innerq_compile import ops
 from innerq_compile.kernels.cpu import build
-from innerq_compile.kernels.cpu.launch import Kernels, unsupported
+from innerq_compile.kernels.cpu.settings import read_settings, unsupported
 
-__all__ = ["register", "unavailable", "unsupported"]
-
-OPS = ("append_kv", "dequantize_kv", "decode_attention")
-
-_registered: list[torch.library.Library] = []
+__all__ = ["attach", "register", "unavailable", "unsupported"]
 
 
 def register() -> None:
-    """Attaches the kernels to the CPU key of the ``innerq`` ops; a second call does nothing."""
-    if _registered:
-        return
-    library = torch.library.Library(ops.NAMESPACE, "IMPL", "CPU")
-    for name in OPS:
-        library.impl(name, _lazy(name))
-    _registered.append(library)
-
-
-def unavailable() -> str | None:
-    """Why the kernels cannot be built on this machine, or ``None`` when they can (this builds them)."""
-    return _kernels_or_reason()[1]
-
-
-def _lazy(name: str) -> Callable[..., Any]:
-    """The op's kernel; the build waits for the first call, and a failed one leaves the reference in place."""
-    chosen: list[Callable[..., Any]] = []
-
-    def call(*args: Any) -> Any:
-        if not chosen:
-            kernels = _kernels_or_reason()[0]
-            chosen.append(getattr(kernels, name) if kernels else ops.DEFAULTS[name])
-        return chosen[0](*args)
-
-    return call
+    """Lets the first ``innerq`` op on the CPU build and attach the kernels; a second call does nothing."""
+    ops.before_first_call("cpu", unavailable)
 
 
 @functools.cache
-def _kernels_or_reason() -> tuple[Kernels | None, str | None]:
+def unavailable() -> str | None:
+    """Why the kernels cannot be built on this machine, or ``None`` when they can (this builds and attaches them)."""
     try:
-        return Kernels(build.load()), None
+        attach(ops.NAMESPACE)
     except build.BuildError as error:
         warnings.warn(f"innerq: the CPU kernels are off and the slow reference runs instead: {error}", stacklevel=4)
-        return None, str(error)
+        return str(error)
+    return None
+
+
+def attach(namespace: str, isa: str | None = None) -> None:
+    """Registers the kernels of an instruction set path (see :mod:`.build`) for a namespace that has the three ops.
+
+    Raises:
+        BuildError: They cannot be built or do not fit the ops.
+    """
+    library = build.load(isa)
+    reason = ctypes.create_string_buffer(1000)
+    failed = library.innerq_register(
+        namespace.encode(), read_settings, build.torch_omp_parallel(), reason, ctypes.c_size_t(len(reason))
+    )
+    if failed:
+        raise build.BuildError(f"the kernels do not fit the ops: {reason.value.decode()}")

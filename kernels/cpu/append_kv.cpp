@@ -318,20 +318,6 @@ template <class T> struct Dequantize {
     }
 };
 
-// launch.py packs both structures.
-struct AppendRequest {
-    Buffers buffers;
-    const void *key, *value;  // [B, H, num_new, D], last axis contiguous; strides of B, H and num_new in elements
-    int64_t key_strides[3], value_strides[3];
-    int64_t num_new, capacity, threads;
-};
-
-struct DequantizeRequest {
-    Buffers buffers;
-    void *keys, *values;  // contiguous [B, H, capacity, D] in the windows' dtype
-    int64_t capacity, threads;
-};
-
 template <class T> void append(const Geometry& g, const AppendRequest& r) {
     const int64_t *k = r.key_strides, *v = r.value_strides;
     NewTokens<T> tokens[2] = {{static_cast<const T*>(r.key), k[0], k[1], k[2]},
@@ -344,28 +330,21 @@ template <class T> void dequantize(const Geometry& g, const DequantizeRequest& r
 }
 
 }  // namespace
-}  // namespace innerq
 
-extern "C" {
-
-INNERQ_EXPORT void innerq_set_omp_parallel(innerq::OmpParallel function) { innerq::omp_parallel = function; }
-
-// Returns 1, with nothing written, when a row would exceed the capacity.
-INNERQ_EXPORT int innerq_append_kv(const innerq::Geometry* g, const innerq::AppendRequest* r) {
-    using namespace innerq;
-    for (int64_t row = 0; row < g->batch; row++) {
-        if (r->buffers.counts[3 * row] + r->num_new > r->capacity) return 1;
+bool append_kv(const Geometry& g, const AppendRequest& r) {
+    for (int64_t row = 0; row < g.batch; row++) {
+        if (r.buffers.counts[3 * row] + r.num_new > r.capacity) return false;
     }
-    if (g->dtype == FLOAT32) append<float>(*g, *r);
-    if (g->dtype == BFLOAT16) append<BFloat>(*g, *r);
-    if (g->dtype == FLOAT16) append<Half>(*g, *r);
-    return 0;
+    if (g.dtype == FLOAT32) append<float>(g, r);
+    if (g.dtype == BFLOAT16) append<BFloat>(g, r);
+    if (g.dtype == FLOAT16) append<Half>(g, r);
+    return true;
 }
 
-INNERQ_EXPORT void innerq_dequantize_kv(const innerq::Geometry* g, const innerq::DequantizeRequest* r) {
-    using namespace innerq;
-    if (g->dtype == FLOAT32) dequantize<float>(*g, *r);
-    if (g->dtype == BFLOAT16) dequantize<BFloat>(*g, *r);
-    if (g->dtype == FLOAT16) dequantize<Half>(*g, *r);
+void dequantize_kv(const Geometry& g, const DequantizeRequest& r) {
+    if (g.dtype == FLOAT32) dequantize<float>(g, r);
+    if (g.dtype == BFLOAT16) dequantize<BFloat>(g, r);
+    if (g.dtype == FLOAT16) dequantize<Half>(g, r);
 }
-}
+
+}  // namespace innerq

@@ -1,6 +1,7 @@
 """Builds the C++ kernels with the user's compiler on first use and keeps the library in a cache folder.
 
-Plain C++ without a torch header, so that the build takes seconds. Nothing here runs at import.
+Plain C++; only ops.cpp includes torch's headers, few and without optimization, so that the build takes seconds. Nothing
+here runs at import.
 
 Environment:
     CXX: compiler to use; otherwise the first of g++, clang++, c++ that is installed.
@@ -27,10 +28,20 @@ import torch
 
 SOURCE_DIR = Path(__file__).resolve().parent
 
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
+TORCH = Path(torch.__file__).parent
 
-SOURCES = {"append_kv.cpp": "off", "decode_attention.cpp": "fast", "tiles.cpp": "fast"}
-"""Source file -> ``-ffp-contract``: codes must be bit-exact, so the quantizer may not fuse a product into a sum."""
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
+
+SOURCES: dict[str, tuple[str, ...]] = {
+    "ops.cpp": ("-O1", "-DNDEBUG", f"-I{TORCH / 'include'}"),
+    # Codes must be bit-exact, so the quantizer may not fuse a product into a sum.
+    "append_kv.cpp": ("-ffp-contract=off",),
+    "decode_attention.cpp": ("-ffp-contract=fast",),
+    "tiles.cpp": ("-ffp-contract=fast",),
+}
+"""Source file, the slowest to compile first, -> flags of its own."""
+
+LINK_FLAGS = (f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
 
 NATIVE = ("-mcpu=native",) if platform.machine().lower() in ("arm64", "aarch64") else ("-march=native",)
 
@@ -48,7 +59,7 @@ class BuildError(RuntimeError):
 
 
 def load(isa: str | None = None, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The kernels for an instruction set path, built unless the cache has them, tied to torch's own OpenMP runtime.
+    """The kernels for an instruction set path, built unless the cache has them.
 
     Raises:
         BuildError: No compiler, a failed build, or a library that does not load.
@@ -70,7 +81,6 @@ def _load(isa: str, extra_flags: tuple[str, ...]) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"the kernel library cannot be stored or loaded: {error}") from error
-    library.innerq_set_omp_parallel(_torch_omp_parallel())
     return library
 
 
@@ -102,11 +112,11 @@ def cache_dir() -> Path:
 
 
 def _fingerprint(compiler: tuple[str, ...], flags: tuple[str, ...]) -> str:
-    """Hash of everything that decides the library's content: sources, flags, compiler version and the CPU's name."""
+    """Hash of everything that decides the library's content: sources, flags, compiler, torch and CPU."""
     digest = hashlib.sha256()
     for path in sorted([*SOURCE_DIR.glob("*.cpp"), *SOURCE_DIR.glob("*.h")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    digest.update(repr((compiler, flags, sorted(SOURCES.items()))).encode())
+    digest.update(repr((compiler, flags, SOURCES, LINK_FLAGS, torch.__version__)).encode())
     digest.update(_run((*compiler, "--version")).encode())
     # What "native" means: a cache on a shared disk may serve several machines.
     native = _run((*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull))
@@ -119,16 +129,16 @@ def _build(compiler: tuple[str, ...], flags: tuple[str, ...], path: Path) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
 
-        def compile_one(item: tuple[str, str]) -> str:
-            name, contract = item
+        def compile_one(item: tuple[str, tuple[str, ...]]) -> str:
+            name, own_flags = item
             target = f"{folder}/{name}.o"
-            _run((*compiler, *flags, f"-ffp-contract={contract}", "-c", str(SOURCE_DIR / name), "-o", target))
+            _run((*compiler, *flags, *own_flags, "-c", str(SOURCE_DIR / name), "-o", target))
             return target
 
         with ThreadPoolExecutor() as pool:
             objects = list(pool.map(compile_one, SOURCES.items()))
         library = f"{folder}/{path.name}"
-        _run((*compiler, *flags, "-shared", *objects, "-o", library))
+        _run((*compiler, *flags, "-shared", *objects, *LINK_FLAGS, "-o", library))
         os.replace(library, path)
 
 
@@ -148,13 +158,12 @@ def _run(command: tuple[str, ...]) -> str:
     return done.stdout
 
 
-def _torch_omp_parallel() -> ctypes.c_void_p:
+def torch_omp_parallel() -> ctypes.c_void_p:
     """Entry of the OpenMP runtime that torch has loaded, looked up through torch's own library.
 
     Linking one of our own could bring a second runtime, with a second set of threads, into the process.
     """
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        return ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p)
+        return ctypes.cast(ctypes.CDLL(str(TORCH / "lib" / "libtorch_cpu.so")).GOMP_parallel, ctypes.c_void_p)
     except (OSError, AttributeError):
         return ctypes.c_void_p(None)

@@ -1,49 +1,19 @@
-// The buffers of one cache layer as the kernels see them, and the loop over work items.
+// What the kernels share: where a token, a block and its codes lie, and the loop over work items.
 //
-// Letters: B rows, H key-value heads, D head_dim, N quantized tokens, M new or query tokens. The layout of every
-// buffer is described in innerq_compile/layout.py; BLOCK x BLOCK tiles, group_size 32 only.
+// BLOCK x BLOCK tiles (innerq_compile/layout.py), group_size 32 only.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 
+#include "kernels.h"
 #include "simd.h"
-
-#define INNERQ_EXPORT __attribute__((visibility("default")))
 
 namespace innerq {
 
 constexpr int BLOCK = 32;
 constexpr int SUBS = 16 / LANES;  // vectors in a 64-byte unit of a tile
-
-enum Mode : int32_t { SYMMETRIC, ASYMMETRIC, HYBRID };
-enum DType : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
-
-extern "C" {
-// launch.py writes these structures: Geometry field by field, Buffers as the first member of every request.
-struct TensorSpec {
-    int32_t bits, mode, symmetric_max_code, asymmetric_max_code;
-    float symmetric_center, symmetric_span;
-};
-struct Geometry {
-    int64_t batch, heads, head_dim, blocks, sink, recent, flush;
-    int32_t dtype, runtime_norm;
-    TensorSpec key, value;
-};
-struct Buffers {
-    uint8_t* k_codes;
-    Half* k_scales;
-    Half* k_zeros;
-    void* k_window;
-    uint8_t* v_codes;
-    Half* v_scales;
-    Half* v_zeros;
-    void* v_window;
-    float* key_norm;
-    int64_t* counts;
-};
-}
 
 // One row's counts. Tokens 0 .. held-1; token t sits in slot t + pads; tokens sink .. sink+quantized-1 are packed.
 struct Row {
@@ -120,10 +90,6 @@ using DequantizeTile = void (*)(const TensorSpec&, const uint8_t*, const Half*, 
            : spec.bits == 4 ? dequantize_tile<4>
                             : dequantize_tile<8>;
 }
-
-// The OpenMP runtime that torch itself runs on, so that a process never has two; null: one thread.
-using OmpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-inline OmpParallel omp_parallel = nullptr;
 
 // Runs body(item) for every item on up to `threads` threads. Each thread takes a contiguous run of items, because they
 // lie side by side in memory, and then helps the others. Which thread takes an item does not change a result.

@@ -15,18 +15,6 @@
 
 namespace innerq {
 
-// launch.py packs this structure. Strides in elements.
-struct Request {
-    Buffers buffers;
-    const void* query;  // [B, Hq, M, D], last axis contiguous, dtype of the windows
-    void* out;          // the same shape, contiguous
-    const void* mask;   // bool or float32, broadcast to [B, Hq, M, capacity] by strides of 0
-    int64_t q_heads, q_len, query_stride_b, query_stride_h, query_stride_m;
-    int64_t mask_kind, mask_stride_b, mask_stride_h, mask_stride_m, mask_stride_slot;
-    int64_t capacity, exact, threads;
-    double sm_scale;
-};
-
 namespace {
 
 constexpr int MAX_HEAD_DIM = 512;
@@ -35,8 +23,6 @@ constexpr int MIN_SPLIT_BLOCKS = 32;
 constexpr float LOWEST = -std::numeric_limits<float>::max();
 constexpr double LOG2E = 1.44269504088896341;
 constexpr float LOG2_127 = 6.98868468677217f;
-
-enum MaskKind : int64_t { CAUSAL, BOOLEAN, ADDITIVE };
 
 // Online softmax of R query rows: largest score so far (in units of log 2), sum of exponentials, and weighted sum of
 // values [R][D].
@@ -48,7 +34,7 @@ struct Partial {
 struct Head {
     const Geometry& g;
     const Buffers& buffers;
-    const Request& request;
+    const AttentionRequest& request;
     Row row;
     int64_t b, h;
     int64_t query_head(int64_t r) const { return h * (request.q_heads / g.heads) + r / request.q_len; }
@@ -58,18 +44,19 @@ struct Head {
 
 // Applies mask and causality to a query row's scores (in units of log 2) of `count` tokens that start at `token`.
 void mask_scores(const Head& head, int64_t r, int64_t token, int64_t count, float* scores) {
-    const Request& request = head.request;
+    const AttentionRequest& request = head.request;
     int64_t m = head.query_token(r), slot = token + head.row.pads;
     int64_t end = std::min(head.row.slots, request.capacity);
     if (request.mask_kind == CAUSAL) end = std::min(end, head.row.slots - request.q_len + m + 1);
-    int64_t visible = std::clamp<int64_t>(end - slot, 0, count), step = request.mask_stride_slot;
+    int64_t visible = std::clamp<int64_t>(end - slot, 0, count);
     std::fill(scores + visible, scores + count, -INFINITY);
-    int64_t offset = head.b * request.mask_stride_b + head.query_head(r) * request.mask_stride_h +
-                     m * request.mask_stride_m + slot * step;
+    if (request.mask_kind == CAUSAL) return;
+    const int64_t *strides = request.mask_strides, step = strides[3];
+    int64_t offset = head.b * strides[0] + head.query_head(r) * strides[1] + m * strides[2] + slot * step;
     if (request.mask_kind == BOOLEAN) {
         const uint8_t* mask = static_cast<const uint8_t*>(request.mask) + offset;
         for (int64_t i = 0; i < visible; i++) scores[i] = mask[i * step] ? scores[i] : -INFINITY;
-    } else if (request.mask_kind == ADDITIVE) {
+    } else {
         // The most negative finite number is a common "no": it must stay finite in units of log 2, as it does here.
         const float* mask = static_cast<const float*>(request.mask) + offset;
         for (int64_t i = 0; i < visible; i++) {
@@ -106,12 +93,12 @@ template <int ROWS> struct Batch {
 
     // query = q * sm_scale * log2(e) [* key_norm]
     template <class T> void load_query(const float* norm) {
-        const Request& request = head.request;
+        const AttentionRequest& request = head.request;
         Floats scale = broadcast((float)(request.sm_scale * LOG2E));
         for (int r = 0; r < ROWS; r++) {
-            const T* from = static_cast<const T*>(request.query) + head.b * request.query_stride_b +
-                            head.query_head(first + r) * request.query_stride_h +
-                            head.query_token(first + r) * request.query_stride_m;
+            const T* from = static_cast<const T*>(request.query) + head.b * request.query_strides[0] +
+                            head.query_head(first + r) * request.query_strides[1] +
+                            head.query_token(first + r) * request.query_strides[2];
             for (int64_t d = 0; d < dim; d += LANES) {
                 Floats q = load_floats(from + d) * scale;
                 store(query + r * dim + d, norm ? q * load_floats(norm + d) : q);
@@ -153,7 +140,7 @@ template <int ROWS> struct Batch {
     }
 
     void mask_all(int64_t token, int64_t count, int64_t padded) {
-        const Request& request = head.request;
+        const AttentionRequest& request = head.request;
         int64_t last_for_all = std::min(head.row.held - request.q_len, request.capacity - head.row.pads);
         bool plain = request.mask_kind == CAUSAL && token + count <= last_for_all;
         for (int r = 0; r < ROWS; r++) {
@@ -377,7 +364,7 @@ template <int ROWS> struct Batch {
 template <class T> struct Attention {
     const Geometry& g;
     const Buffers& buffers;
-    const Request& request;
+    const AttentionRequest& request;
     int64_t rows;                           // R, per key-value head
     std::vector<int64_t> first_item;        // of each batch row, and the end
     std::unique_ptr<std::atomic<int64_t>[]> unfinished;  // splits of each head
@@ -466,17 +453,17 @@ template <class T> struct Attention {
     }
 };
 
-template <class T> void attend(const Geometry& g, const Request& request) {
+template <class T> void attend(const Geometry& g, const AttentionRequest& request) {
     int64_t rows = request.q_len * (request.q_heads / g.heads);
     Attention<T>{g, request.buffers, request, rows, {}, nullptr, nullptr}.run();
 }
 
 }  // namespace
-}  // namespace innerq
 
-extern "C" INNERQ_EXPORT void innerq_decode_attention(const innerq::Geometry* g, const innerq::Request* request) {
-    using namespace innerq;
-    if (g->dtype == FLOAT32) attend<float>(*g, *request);
-    if (g->dtype == BFLOAT16) attend<BFloat>(*g, *request);
-    if (g->dtype == FLOAT16) attend<Half>(*g, *request);
+void decode_attention(const Geometry& g, const AttentionRequest& request) {
+    if (g.dtype == FLOAT32) attend<float>(g, request);
+    if (g.dtype == BFLOAT16) attend<BFloat>(g, request);
+    if (g.dtype == FLOAT16) attend<Half>(g, request);
 }
+
+}  // namespace innerq

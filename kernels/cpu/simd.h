@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 #if !defined(INNERQ_PLAIN) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 #define INNERQ_AVX512 1
 #include <immintrin.h>
@@ -150,9 +152,6 @@ template <class Op, int COUNT = LANES, class V> INNERQ_INLINE V fold_lanes(V* v)
 }
 
 // --- number formats -------------------------------------------------------------------------------------------------
-
-struct Half { uint16_t bits; };
-struct BFloat { uint16_t bits; };
 
 INNERQ_INLINE Floats load_floats(const float* p) { return load<Floats>(p); }
 

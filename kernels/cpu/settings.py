@@ -1,0 +1,66 @@
+"""Which caches the kernels serve, and a cache's settings in the form in which the C++ side reads them."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from innerq_compile.config import MODES, InnerQConfig, TensorQuantSpec
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""dtypes of a model, in the order of kernels.h's ``DType``."""
+
+MAX_HEAD_DIM = 512
+
+
+class _TensorSpec(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("bits", "mode", "symmetric_max_code", "asymmetric_max_code")),
+        *((name, ctypes.c_float) for name in ("symmetric_center", "symmetric_span")),
+    ]
+
+
+class _Settings(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("sink", "recent", "flush")),
+        ("runtime_norm", ctypes.c_int32),
+        ("key", _TensorSpec),
+        ("value", _TensorSpec),
+    ]
+
+
+@functools.lru_cache(maxsize=1024)
+def unsupported(config: InnerQConfig, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why these kernels do not serve a cache, or ``None`` when they do. A cache they refuse runs on the reference."""
+    if config.group_size != 32:
+        return f"the CPU kernels know group_size 32, not {config.group_size}"
+    if head_dim % 32 or not 32 <= head_dim <= MAX_HEAD_DIM:
+        return f"the CPU kernels know head_dim in multiples of 32 up to {MAX_HEAD_DIM}, not {head_dim}"
+    if dtype not in DTYPES:
+        return f"the CPU kernels know float32, bfloat16 and float16 models, not {dtype}"
+    return None
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int32, ctypes.POINTER(_Settings))
+def read_settings(spec: bytes, head_dim: int, dtype: int, settings: ctypes._Pointer[_Settings]) -> int:
+    """kernels.h's ``ReadSettings``: called once per config string, head_dim and dtype."""
+    try:
+        config = InnerQConfig.from_spec(spec.decode())
+    except ValueError:
+        return 0  # and the default implementation raises it again
+    if unsupported(config, head_dim, DTYPES[dtype]):
+        return 0
+    settings[0] = _Settings(
+        config.sink, config.recent, config.flush_tokens, config.key_norm == "runtime",
+        _tensor_spec(config.key_spec), _tensor_spec(config.value_spec),
+    )  # fmt: skip
+    return 1
+
+
+def _tensor_spec(spec: TensorQuantSpec) -> _TensorSpec:
+    return _TensorSpec(
+        spec.bits, MODES.index(spec.mode), spec.symmetric_max_code, spec.asymmetric_max_code,
+        spec.symmetric_center, spec.symmetric_span,
+    )  # fmt: skip
