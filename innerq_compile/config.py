@@ -15,6 +15,9 @@ MODES = ("symmetric", "asymmetric", "hybrid")
 LEVELS = ("full", "paper")
 GROUP_SIZES = (16, 32, 64, 128)
 KEY_NORMS = ("runtime", "folded", "off")
+KEY_NORM_EXPONENTS = (0.5, 1.0)
+KEY_CENTERS = ("runtime", "off")
+ROPE_PAIRS = ("half", "adjacent", "off")
 
 BLOCK = 32
 """Tokens per storage block. The packed layout is made of 32 x 32 tiles, so tokens are quantized 32 at a time."""
@@ -84,6 +87,13 @@ class InnerQConfig:
             ``None`` picks the smallest such number.
         key_norm: ``"runtime"`` divides keys by a per-channel norm and multiplies the query by it, ``"folded"``
             says that the norm already sits in the projection weights, ``"off"`` does without.
+        key_norm_exponent: What a run-time norm makes of the largest magnitude of a channel: 0.5 takes the root, as
+            published, 1.0 the magnitude itself.
+        rope_pairs: Which channels of a head share a run-time norm, because RoPE turns one into the other as the
+            sequence goes on: ``"half"`` d and d + head_dim / 2, ``"adjacent"`` 2d and 2d + 1, ``"off"`` none.
+        key_center: ``"runtime"`` subtracts a constant per channel before keys are normalized and quantized (a
+            constant cancels in the softmax) when the first quantized prompt is long enough to tell, ``"off"`` does
+            without. Combines with every ``key_norm``. All three: :func:`innerq_compile.quant.key_center_and_norm`.
 
     Raises:
         ValueError: For every setting out of range; the message names the argument.
@@ -99,6 +109,10 @@ class InnerQConfig:
     recent: int = 96
     flush: int | None = None
     key_norm: str = "runtime"
+    key_norm_exponent: float = 0.5
+    rope_pairs: str = "off"
+    key_center: str = "off"
+    _spec: str = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("key_bits", "value_bits"):
@@ -108,6 +122,10 @@ class InnerQConfig:
         _check_choice("levels", self.levels, LEVELS)
         _check_choice("group_size", self.group_size, GROUP_SIZES)
         _check_choice("key_norm", self.key_norm, KEY_NORMS)
+        _check_choice("key_norm_exponent", self.key_norm_exponent, KEY_NORM_EXPONENTS)
+        object.__setattr__(self, "key_norm_exponent", float(self.key_norm_exponent))
+        _check_choice("rope_pairs", self.rope_pairs, ROPE_PAIRS)
+        _check_choice("key_center", self.key_center, KEY_CENTERS)
         _check_int("sink", self.sink, minimum=0)
         _check_int("recent", self.recent, minimum=1)
         unit = max(BLOCK, self.group_size)
@@ -119,6 +137,10 @@ class InnerQConfig:
                 f"flush must be a multiple of {unit} (blocks of {BLOCK} tokens, group_size {self.group_size}), "
                 f"got {self.flush}"
             )
+
+        # Written once: Dynamo would take a float among the settings for a symbol and refuse to print it.
+        spec = ";".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self) if f.init)
+        object.__setattr__(self, "_spec", spec)
 
     @property
     def flush_tokens(self) -> int:
@@ -159,14 +181,17 @@ class InnerQConfig:
     @property
     def spec(self) -> str:
         """The settings as the string that the ops carry in a graph; :meth:`from_spec` reads it back."""
-        return ";".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
+        return self._spec
 
     @staticmethod
     @functools.lru_cache(maxsize=256)
     def from_spec(spec: str) -> InnerQConfig:
         """Reads :attr:`spec` back. Cached: the ops call it on every step."""
-        options = dict(item.split("=", 1) for item in spec.split(";"))
-        return InnerQConfig.from_options({k: int(v) if v.isdigit() else v for k, v in options.items()})
+        options: dict[str, Any] = dict(item.split("=", 1) for item in spec.split(";"))
+        for name, value in options.items():
+            kind = type(getattr(InnerQConfig, name, ""))
+            options[name] = value if kind is str else int(value) if value.isdigit() else float(value)
+        return InnerQConfig.from_options(options)
 
     @staticmethod
     def from_preset(preset: str = "base", **overrides: Any) -> InnerQConfig:
@@ -185,7 +210,7 @@ class InnerQConfig:
         Raises:
             ValueError: An unknown name (the message lists the known ones) or a value out of range.
         """
-        known = {field.name for field in dataclasses.fields(InnerQConfig)}
+        known = {field.name for field in dataclasses.fields(InnerQConfig) if field.init}
         unknown = sorted(set(options) - known)
         if unknown:
             raise ValueError(f"unknown InnerQ settings {unknown}; known settings: {sorted(known)}")
@@ -193,15 +218,16 @@ class InnerQConfig:
 
 
 _HYBRID = {"key_bits": 3, "value_bits": 2, "value_mode": "hybrid"}
+_PAPER = {"levels": "paper", "key_norm_exponent": 0.5, "rope_pairs": "off", "key_center": "off"}
 PRESETS: dict[str, dict[str, Any]] = {
     "base": {"key_bits": 3, "value_bits": 3},
     "small": {"key_bits": 3, "value_bits": 2},
     "hybrid": _HYBRID,
     "int4": {"key_bits": 4, "value_bits": 4},
     "int8": {"key_bits": 8, "value_bits": 8},
-    "paper-base": {"key_bits": 3, "value_bits": 3, "levels": "paper"},
-    "paper-small": {"key_bits": 3, "value_bits": 2, "levels": "paper"},
-    "paper-hybrid": {**_HYBRID, "levels": "paper"},
+    "paper-base": {"key_bits": 3, "value_bits": 3, **_PAPER},
+    "paper-small": {"key_bits": 3, "value_bits": 2, **_PAPER},
+    "paper-hybrid": {**_HYBRID, **_PAPER},
 }
 """Preset name -> settings that differ from the defaults of :class:`InnerQConfig` (DESIGN section 3)."""
 

@@ -60,6 +60,8 @@ class LayerState(NamedTuple):
     """model dtype [B, H, S+R, D]"""
     key_norm: torch.Tensor
     """float32 [B, H, D]; ones until the first block is quantized"""
+    key_center: torch.Tensor
+    """float32 [B, H, D]; zeros until the first block is quantized. Packed keys are ``(k - key_center) / key_norm``"""
     counts: torch.Tensor
     """int64 [B, 3]: SLOTS, QUANTIZED, PADS"""
 
@@ -106,6 +108,7 @@ def allocate_state(
         v_zeros=zeros(v_groups if config.value_spec.stores_zeros else (0,), torch.float16),
         v_window=zeros(window, dtype),
         key_norm=torch.ones((*lead, head_dim), dtype=torch.float32, device=device),
+        key_center=zeros((*lead, head_dim), torch.float32),
         counts=zeros((batch_size, 3), torch.int64),
     )
 

@@ -6,17 +6,22 @@ matter, so that a kernel can reproduce every code and every scale bit for bit.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
-from innerq_compile.config import BLOCK, TensorQuantSpec
+from innerq_compile.config import BLOCK, InnerQConfig, TensorQuantSpec
 from innerq_compile.layout import PLANES
 
 FP16_MAX = 65504.0
 
 KEY_NORM_EPS = 2.0**-10
 """Floor of a key norm: a channel that was silent in the first keys must not blow up the later ones."""
+
+KEY_CENTER_MIN_TOKENS = 512
+"""A center is fixed from at least this many tokens. From fewer it does more harm than good once the context has grown:
+RoPE turns what looked like a constant of the channel."""
 
 
 class QuantizedGroups(NamedTuple):
@@ -121,21 +126,56 @@ def _round_to_codes(u: torch.Tensor, max_code: int) -> torch.Tensor:
     return u.clamp(0, max_code).round().to(torch.uint8)
 
 
-def channel_norm(keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Per-channel key norm ``n = sqrt(max over tokens |K|)`` (InnerQ section 4, key normalization).
+def key_center_and_norm(
+    keys: torch.Tensor, valid: torch.Tensor, config: InnerQConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per channel the center c and the norm n with which a row's keys are quantized from then on, as ``(k - c) / n``.
+
+    Both follow from the smallest (lo) and the largest (hi) key of the channel, so the order of the tokens cannot
+    matter::
+
+        c = 0.5 * lo + 0.5 * hi                        # key_center "runtime" and enough tokens, else 0
+        a = max(hi, -lo)                               # max |k|
+        n = max(a, a of the channel's RoPE partner) ** key_norm_exponent        # key_norm "runtime", else 1
+
+    The published norm (InnerQ section 4) is exponent 0.5 without center and partner. ``n`` looks at ``|k|`` and not at
+    ``|k - c|``, and asks the partner, because a slow RoPE channel looks constant until it has turned: a norm of what
+    it did meanwhile would be far too small (``benchmarks/bench_key_norm.py``, short prompts).
 
     Args:
         keys: [B, H, T, D] post-RoPE keys.
-        valid: bool [B, T], tokens that count. Numbers that are not finite never count.
+        valid: bool [B, T], tokens that count. Numbers that are not finite never count. A channel where nothing counts
+            has lo = hi = 0.
 
     Returns:
-        float32 [B, H, D], floored at :data:`KEY_NORM_EPS`.
+        Two float32 [B, H, D]: centers, and norms floored at :data:`KEY_NORM_EPS`.
     """
-    magnitude = keys.float().abs()
-    counted = valid[:, None, :, None] & torch.isfinite(magnitude)
-    largest = torch.where(counted, magnitude, 0.0).amax(2)
-    # torch's float32 square root on the CPU is off by one ulp in 0.7 % of cases; through float64 it is IEEE everywhere.
-    return largest.double().sqrt().float().clamp(min=KEY_NORM_EPS)
+    keys = keys.float()
+    counted = valid[:, None, :, None] & torch.isfinite(keys)
+    any_counted = counted.any(2)
+    low = torch.where(any_counted, torch.where(counted, keys, math.inf).amin(2), 0.0)
+    high = torch.where(any_counted, torch.where(counted, keys, -math.inf).amax(2), 0.0)
+    center = torch.zeros_like(low)
+    if config.key_center == "runtime":
+        enough = valid.sum(1) >= KEY_CENTER_MIN_TOKENS
+        center = torch.where(enough[:, None, None], 0.5 * low + 0.5 * high, center)
+    norm = torch.ones_like(low)
+    if config.key_norm == "runtime":
+        norm = torch.maximum(high, -low)
+        if config.rope_pairs != "off":
+            norm = torch.maximum(norm, _rope_partner(norm, config.rope_pairs))
+        if config.key_norm_exponent == 0.5:
+            # torch's float32 root on the CPU is off by one ulp in 0.7 % of cases; through float64 it is IEEE.
+            norm = norm.double().sqrt().float()
+        norm = norm.clamp(min=KEY_NORM_EPS)
+    return center, norm
+
+
+def _rope_partner(x: torch.Tensor, pairs: str) -> torch.Tensor:
+    """x [..., D] of the channel that RoPE mixes with each one: ``d +- D / 2``, or the neighbour in ``(2i, 2i + 1)``."""
+    if pairs == "half":
+        return x.roll(x.shape[-1] // 2, -1)
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
 def pack_tiles(codes: torch.Tensor, bits: int) -> torch.Tensor:

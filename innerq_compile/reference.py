@@ -10,7 +10,7 @@ import torch
 
 from innerq_compile.config import BLOCK, InnerQConfig, TensorQuantSpec
 from innerq_compile.layout import PADS, QUANTIZED, SLOTS, LayerState
-from innerq_compile.quant import channel_norm, dequantize_groups, pack_tiles, quantize_groups, unpack_tiles
+from innerq_compile.quant import dequantize_groups, key_center_and_norm, pack_tiles, quantize_groups, unpack_tiles
 
 
 def append_kv(key: torch.Tensor, value: torch.Tensor, state: LayerState, config: InnerQConfig) -> None:
@@ -20,8 +20,8 @@ def append_kv(key: torch.Tensor, value: torch.Tensor, state: LayerState, config:
         key, value: [B, H, M, D], any float dtype. Of a left-padded row the first columns are pads and are dropped.
         state: Changed in place. Its capacity must hold the new tokens.
 
-    A block of ``flush`` tokens leaves as soon as the window holds ``recent + flush``; the first block of a row fixes
-    the row's key norm.
+    A block of ``flush`` tokens leaves as soon as the window holds ``recent + flush``; when the first block of
+    a row leaves, all its tokens but the sink fix the row's key center and key norm.
     """
     num_new, flush = key.shape[2], config.flush_tokens
     if num_new == 0:
@@ -33,23 +33,26 @@ def append_kv(key: torch.Tensor, value: torch.Tensor, state: LayerState, config:
 
     # The window holds less than recent + flush tokens before the append: that bounds the blocks that can leave.
     max_flushes = (num_new + flush - 1) // flush
-    leaving = torch.arange(max_flushes * flush, device=key.device)
-    valid = leaving < (num_flushes * flush)[:, None]
-    token = config.sink + quantized[:, None] + leaving
-    new_index = token + (pads - slots)[:, None]
-    is_new = token >= held_before[:, None]
+    max_leaving = max_flushes * flush
+    not_packed = torch.arange(num_new + config.recent + flush, device=key.device)
+    valid = not_packed[:max_leaving] < (num_flushes * flush)[:, None]
+    token = config.sink + quantized[:, None] + not_packed
 
-    def leaving_tokens(new: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
-        stored = _take_tokens(window, window_slot(token, config))
-        return torch.where(_over_tokens(is_new), _take_tokens(new, new_index), stored.to(new.dtype)).float()
+    def tokens_behind_the_packed(count: int, new: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+        wanted = token[:, :count]
+        stored = _take_tokens(window, window_slot(wanted, config)).to(new.dtype)
+        is_new = wanted >= held_before[:, None]
+        return torch.where(_over_tokens(is_new), _take_tokens(new, wanted + (pads - slots)[:, None]), stored).float()
 
-    leaving_keys = leaving_tokens(key, state.k_window)
-    leaving_values = leaving_tokens(value, state.v_window)
-    if config.key_norm == "runtime":
-        first = (quantized == 0) & (num_flushes > 0)
-        norm = torch.where(first[:, None, None], channel_norm(leaving_keys, valid), state.key_norm)
-        state.key_norm.copy_(norm)
-        leaving_keys = leaving_keys / norm.unsqueeze(2)
+    leaving_keys = tokens_behind_the_packed(max_leaving, key, state.k_window)
+    leaving_values = tokens_behind_the_packed(max_leaving, value, state.v_window)
+    if config.key_norm == "runtime" or config.key_center == "runtime":
+        first = ((quantized == 0) & (num_flushes > 0))[:, None, None]
+        seen = tokens_behind_the_packed(len(not_packed), key, state.k_window)
+        center, norm = key_center_and_norm(seen, token < held[:, None], config)
+        state.key_center.copy_(torch.where(first, center, state.key_center))
+        state.key_norm.copy_(torch.where(first, norm, state.key_norm))
+        leaving_keys = (leaving_keys - state.key_center.unsqueeze(2)) / state.key_norm.unsqueeze(2)
     _store_blocks(_quantize_keys(leaving_keys, config.key_spec), state[:3], quantized, valid, BLOCK)
     _store_blocks(_quantize_values(leaving_values, config.value_spec), state[4:7], quantized, valid, config.group_size)
 
@@ -167,14 +170,15 @@ def newest_token_of_slots(held: torch.Tensor, config: InnerQConfig, device: torc
 
 
 def dequantize_keys(state: LayerState, config: InnerQConfig) -> torch.Tensor:
-    """All packed keys, multiplied by the key norm: float32 [B, H, N, D]."""
+    """All packed keys, ``k' * key_norm + key_center``: float32 [B, H, N, D]."""
     spec = config.key_spec
     tiles = unpack_tiles(state.k_codes, spec.bits)  # [B, H, blocks, D/32, token, channel]
     batch, heads, blocks, _, _, _ = tiles.shape
     groups = tiles.transpose(3, 4).reshape(batch, heads, blocks, BLOCK, -1, spec.group_size)
     zeros = state.k_zeros.transpose(3, 4) if spec.stores_zeros else None
     keys = dequantize_groups(groups, state.k_scales.transpose(3, 4), zeros, spec)
-    return keys.reshape(batch, heads, blocks * BLOCK, -1) * state.key_norm.unsqueeze(2)
+    keys = keys.reshape(batch, heads, blocks * BLOCK, -1)
+    return keys * state.key_norm.unsqueeze(2) + state.key_center.unsqueeze(2)
 
 
 def dequantize_values(state: LayerState, config: InnerQConfig) -> torch.Tensor:

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from innerq_compile.config import InnerQConfig
-from innerq_compile.quant import channel_norm, dequantize_groups, quantize_groups
+from innerq_compile.quant import dequantize_groups, key_center_and_norm, quantize_groups
 
 
 class History:
@@ -29,6 +29,7 @@ class History:
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.quantized = 0
+        self.key_center: torch.Tensor | None = None
         self.key_norm: torch.Tensor | None = None
 
     @property
@@ -46,16 +47,15 @@ class History:
             return
         leaving = slice(config.sink + begin, config.sink + self.quantized)
         new_keys, new_values = self.keys[:, leaving], self.values[:, leaving]
-        norm = torch.ones(keys.shape[0], keys.shape[2])
-        if config.key_norm == "runtime":
-            if begin == 0:
-                valid = torch.ones(1, new_keys.shape[1], dtype=torch.bool)
-                self.key_norm = channel_norm(new_keys[None], valid)[0]
-            norm = self.key_norm
+        if begin == 0:
+            seen = self.keys[None, :, config.sink :]
+            valid = torch.ones(1, seen.shape[2], dtype=torch.bool)
+            self.key_center, self.key_norm = (x[0] for x in key_center_and_norm(seen, valid, config))
+        center, norm = self.key_center[:, None], self.key_norm[:, None]
         g = config.group_size
-        normed = (new_keys.float() / norm[:, None]).unflatten(2, (-1, g))
+        normed = ((new_keys.float() - center) / norm).unflatten(2, (-1, g))
         decoded = dequantize_groups(*quantize_groups(normed, config.key_spec), config.key_spec).flatten(2)
-        self.keys[:, leaving] = (decoded * norm[:, None]).to(self.keys.dtype)
+        self.keys[:, leaving] = (decoded * norm + center).to(self.keys.dtype)
         by_channel = new_values.float().transpose(1, 2).unflatten(2, (-1, g))
         decoded = dequantize_groups(*quantize_groups(by_channel, config.value_spec), config.value_spec).flatten(2)
         self.values[:, leaving] = decoded.transpose(1, 2).to(self.values.dtype)

@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 
-from innerq_compile.config import BITS, LEVELS, MODES, TensorQuantSpec
+from innerq_compile.config import BITS, LEVELS, MODES, InnerQConfig, TensorQuantSpec
 from innerq_compile.layout import PLANES
 from innerq_compile.quant import (
     FP16_MAX,
+    KEY_CENTER_MIN_TOKENS,
     KEY_NORM_EPS,
-    channel_norm,
     dequantize_groups,
+    key_center_and_norm,
     pack_tiles,
     quantize_groups,
     unpack_tiles,
@@ -163,9 +164,48 @@ def test_packed_bytes_follow_the_map_in_layout(bits):
         offset, shift = offset + 128 * width, shift + width
 
 
-def test_key_norm_is_the_root_of_the_largest_magnitude_of_valid_finite_tokens():
-    keys = torch.zeros(1, 1, 4, 3)
-    keys[0, 0, :, 0] = torch.tensor([1.0, -4.0, 2.0, 100.0])  # the last token is not valid
-    keys[0, 0, :, 1] = torch.tensor([9.0, math.inf, math.nan, 0.0])
-    norm = channel_norm(keys, torch.tensor([[True, True, True, False]]))
-    assert norm[0, 0].tolist() == [2.0, 3.0, KEY_NORM_EPS]
+class TestKeyCenterAndNorm:
+    def center_and_norm(self, keys, **settings):
+        """Of keys [T, D] whose last token is not valid, as two lists."""
+        valid = (torch.arange(len(keys)) < len(keys) - 1)[None]
+        center, norm = key_center_and_norm(keys[None, None], valid, InnerQConfig(**settings))
+        assert center.shape == norm.shape == (1, 1, keys.shape[1])
+        return center[0, 0].tolist(), norm[0, 0].tolist()
+
+    @pytest.fixture
+    def keys(self):
+        # Extremes of the four channels, without what must not count: -4 .. 2, 0 .. 9, none, 1 .. 1.
+        keys = torch.tensor([[1.0, 9.0, math.nan, 1.0], [-4.0, math.inf, math.nan, 1.0], [2.0, 0.0, math.inf, 1.0]])
+        return torch.cat([keys.repeat(KEY_CENTER_MIN_TOKENS // 3 + 1, 1), torch.full((1, 4), -50.0)])
+
+    def test_the_norm_is_a_power_of_the_largest_magnitude_of_valid_finite_tokens(self, keys):
+        assert self.center_and_norm(keys) == ([0.0] * 4, [2.0, 3.0, KEY_NORM_EPS, 1.0])
+        assert self.center_and_norm(keys, key_norm_exponent=1.0)[1] == [4.0, 9.0, KEY_NORM_EPS, 1.0]
+
+    def test_partners_share_the_larger_norm(self, keys):
+        one = {"key_norm_exponent": 1.0}
+        assert self.center_and_norm(keys, **one, rope_pairs="half")[1] == [4.0, 9.0, 4.0, 9.0]
+        assert self.center_and_norm(keys, **one, rope_pairs="adjacent")[1] == [9.0, 9.0, 1.0, 1.0]
+
+    @pytest.mark.parametrize(("key_norm", "norms"), [("runtime", [2.0, 3.0, KEY_NORM_EPS, 1.0]), ("off", [1.0] * 4)])
+    def test_the_center_is_the_middle_of_the_range_and_leaves_the_norm_alone(self, keys, key_norm, norms):
+        found = self.center_and_norm(keys, key_center="runtime", key_norm=key_norm)
+        assert found == ([-1.0, 4.5, 0.0, 1.0], norms)
+
+    def test_too_few_tokens_fix_no_center(self, keys):
+        few = keys[-KEY_CENTER_MIN_TOKENS:]
+        assert self.center_and_norm(few, key_center="runtime")[0] == [0.0] * 4
+        assert self.center_and_norm(keys[-KEY_CENTER_MIN_TOKENS - 1 :], key_center="runtime")[0][0] == -1.0
+
+    def test_numbers_near_the_largest_float_do_not_overflow(self):
+        keys = torch.tensor([[3e38], [2e38], [0.0]]).repeat(1, 2)
+        center, norm = self.center_and_norm(keys.repeat_interleave(512, 0), key_center="runtime", key_norm_exponent=1.0)
+        assert all(map(math.isfinite, center + norm))
+
+    def test_the_order_of_the_tokens_does_not_matter(self):
+        keys = torch.randn(1, 2, 700, 32, generator=torch.Generator().manual_seed(0))
+        valid = torch.ones(1, 700, dtype=torch.bool)
+        config = InnerQConfig(key_center="runtime", key_norm_exponent=1.0, rope_pairs="half")
+        shuffled = keys[:, :, torch.randperm(700, generator=torch.Generator().manual_seed(1))]
+        for a, b in zip(*(key_center_and_norm(k, valid, config) for k in (keys, shuffled)), strict=True):
+            assert torch.equal(a, b)

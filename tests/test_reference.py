@@ -43,6 +43,7 @@ def assert_equals_history(state: LayerState, history, config: InnerQConfig, capa
         assert got[row, :, :pads].eq(0).all() and got[row, :, pads + num_tokens :].eq(0).all()
     if history.key_norm is not None:
         torch.testing.assert_close(state.key_norm[row], history.key_norm, rtol=0, atol=0)
+        torch.testing.assert_close(state.key_center[row], history.key_center, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("num_tokens", LENGTHS)
@@ -131,6 +132,44 @@ def test_crop_then_append_equals_the_definition(cut, make_history):
     assert_equals_history(state, history, config)
 
 
+@pytest.mark.parametrize("rope_pairs", ["half", "adjacent", "off"])
+@pytest.mark.parametrize("key_norm", ["runtime", "folded"])
+def test_centred_keys_equal_the_definition_and_a_row_that_starts_again_gets_a_new_center(
+    rope_pairs, key_norm, make_history
+):
+    config = InnerQConfig(key_center="runtime", key_norm=key_norm, key_norm_exponent=1.0, rope_pairs=rope_pairs)
+    keys, values = random_kv(1700)
+    keys = keys + torch.linspace(-20, 20, DIM)
+    keys[:, :, 900:] *= 3
+    state, history = empty_state(config), make_history(config)
+    for part, cut in ((slice(0, 640), 0), (slice(640, 760), 0), (slice(760, 900), 890), (slice(900, 1700), 0)):
+        reference.append_kv(keys[:, :, part], values[:, :, part], state, config)
+        history.append(keys[0, :, part], values[0, :, part])
+        assert_equals_history(state, history, config)
+        if cut:
+            reference.crop_kv(state, config, 1100, cut)
+            history.crop(cut)
+    assert state.key_center.abs().amax() > 30  # three times the former
+    assert (state.key_norm != 1).any() == (key_norm == "runtime")
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_poisoned_key_spoils_neither_center_nor_norm_nor_other_tokens(poison):
+    config = InnerQConfig(key_center="runtime", key_norm_exponent=1.0, rope_pairs="half")
+    keys, values = random_kv(800)
+    poisoned = keys.clone()
+    poisoned[0, 0, 50, 3] = poison
+    states = [empty_state(config) for _ in range(2)]
+    for k, state in zip((keys, poisoned), states, strict=True):
+        reference.append_kv(k, values, state, config)
+    assert torch.equal(states[0].key_center, states[1].key_center)
+    assert torch.equal(states[0].key_norm, states[1].key_norm)
+    clean, found = (reference.dequantize_kv(state, config, 800)[0] for state in states)
+    assert torch.isfinite(found).all()
+    differs = (clean != found).nonzero()[:, 2].unique()
+    assert differs.tolist() == [50]
+
+
 CONFIGS = st.builds(
     InnerQConfig,
     key_bits=st.sampled_from([2, 3, 4, 8]),
@@ -143,6 +182,9 @@ CONFIGS = st.builds(
     recent=st.integers(1, 100),
     flush=st.sampled_from([32, 64]),
     key_norm=st.sampled_from(["runtime", "off", "folded"]),
+    key_norm_exponent=st.sampled_from([0.5, 1.0]),
+    rope_pairs=st.sampled_from(["half", "adjacent", "off"]),
+    key_center=st.sampled_from(["runtime", "off"]),
 )
 STEPS = st.lists(
     st.one_of(
@@ -168,6 +210,7 @@ def test_any_sequence_of_updates_equals_the_definition(config, steps, seed, make
         elif kind == "reset":
             state.counts.zero_()
             state.key_norm.fill_(1.0)
+            state.key_center.zero_()
             history = make_history(config)
         else:
             keys, values = random_kv(size, seed=seed + number)

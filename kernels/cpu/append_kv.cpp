@@ -166,11 +166,11 @@ template <class T> struct Append {
         return tokens[side].at(b, h, token + row.pads - row.slots);
     }
 
-    // n = max(sqrt(max over tokens |K|), eps), from the first blocks that leave.
+    // n = max(sqrt(max over tokens |K|), eps), from all tokens behind the sink when the first block leaves.
     void fix_norm(int64_t b, int64_t h) const {
         Row row(buffers, b);
-        int64_t count = leaving_blocks(row) * BLOCK;
-        if (row.quantized != 0 || count == 0) return;
+        if (row.quantized != 0 || leaving_blocks(row) == 0) return;
+        int64_t count = row.slots + num_new - row.pads - g.sink;
         float* norm = buffers.key_norm + (b * g.heads + h) * g.head_dim;
         std::fill(norm, norm + g.head_dim, 0.0f);
         for (int64_t i = 0; i < count; i++) {

@@ -45,6 +45,7 @@ struct Buffers {
     Half* v_zeros;
     void* v_window;
     float* key_norm;
+    float* key_center;
     int64_t* counts;
 };
 

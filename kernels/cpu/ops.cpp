@@ -21,10 +21,10 @@ using at::Tensor;
 using ReadSettings = int (*)(const char* config, int64_t head_dim, int32_t dtype, Settings*);
 ReadSettings read_settings = nullptr;
 
-constexpr const char* BUFFER_NAMES[] = {"k_codes",  "k_scales", "k_zeros",  "k_window", "v_codes",
-                                        "v_scales", "v_zeros",  "v_window", "key_norm", "counts"};
+constexpr const char* BUFFER_NAMES[] = {"k_codes", "k_scales", "k_zeros",  "k_window",   "v_codes", "v_scales",
+                                        "v_zeros", "v_window", "key_norm", "key_center", "counts"};
 constexpr int NUM_BUFFERS = std::size(BUFFER_NAMES);
-enum Buffer { K_CODES, K_SCALES, K_ZEROS, K_WINDOW, V_CODES, V_SCALES, V_ZEROS, V_WINDOW, KEY_NORM, COUNTS };
+enum Buffer { K_CODES, K_SCALES, K_ZEROS, K_WINDOW, V_CODES, V_SCALES, V_ZEROS, V_WINDOW, KEY_NORM, KEY_CENTER, COUNTS };
 
 struct Known {
     std::string config;
@@ -104,7 +104,7 @@ bool read_layer(const Arguments& args, const std::string& config, Geometry& g, B
     expected[K_ZEROS] = g.key.mode == SYMMETRIC ? 0 : numbers;
     expected[V_ZEROS] = g.value.mode == SYMMETRIC ? 0 : numbers;
     expected[K_WINDOW] = expected[V_WINDOW] = windows;
-    expected[KEY_NORM] = heads * g.head_dim;
+    expected[KEY_NORM] = expected[KEY_CENTER] = heads * g.head_dim;
     expected[COUNTS] = 3 * g.batch;
     void* address[NUM_BUFFERS];
     for (int i = 0; i < NUM_BUFFERS; i++) {
@@ -116,7 +116,8 @@ bool read_layer(const Arguments& args, const std::string& config, Geometry& g, B
                static_cast<Half*>(address[K_ZEROS]),    address[K_WINDOW],
                static_cast<uint8_t*>(address[V_CODES]), static_cast<Half*>(address[V_SCALES]),
                static_cast<Half*>(address[V_ZEROS]),    address[V_WINDOW],
-               static_cast<float*>(address[KEY_NORM]),  static_cast<int64_t*>(address[COUNTS])};
+               static_cast<float*>(address[KEY_NORM]),  static_cast<float*>(address[KEY_CENTER]),
+               static_cast<int64_t*>(address[COUNTS])};
     return true;
 }
 

@@ -38,6 +38,9 @@ def unsupported(config: InnerQConfig, head_dim: int, dtype: torch.dtype) -> str 
         return f"the CPU kernels know group_size 32, not {config.group_size}"
     if head_dim % 32 or not 32 <= head_dim <= MAX_HEAD_DIM:
         return f"the CPU kernels know head_dim in multiples of 32 up to {MAX_HEAD_DIM}, not {head_dim}"
+    root_alone = config.key_norm_exponent == 0.5 and config.rope_pairs == "off"
+    if config.key_center != "off" or (config.key_norm == "runtime" and not root_alone):
+        return "the CPU kernels know neither centred keys nor a key norm other than the published one"
     if dtype not in DTYPES:
         return f"the CPU kernels know float32, bfloat16 and float16 models, not {dtype}"
     return None
