@@ -2,12 +2,14 @@
 #
 #   PYTHON  interpreter the environment is made with (3.11 or newer)
 #   VENV    where the environment lives
+#   RIVALS_VENV  the same for `make rivals`
 #
 # pip reads its usual settings. constraints.txt pins torch, but which build of it (CPU or CUDA) is decided by the
 # index pip is set up with; without one, Linux gets the CUDA build.
 
 PYTHON ?= python3
 VENV ?= .venv
+RIVALS_VENV ?= .venv-rivals
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.innerq-installed
 
@@ -15,7 +17,7 @@ STAMP := $(VENV)/.innerq-installed
 TEST_PROCESSES ?= 2
 TEST_THREADS ?= 1
 
-.PHONY: help venv demo test sanitize check format wheel clean
+.PHONY: help venv demo test sanitize rivals check format wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -39,6 +41,16 @@ sanitize: $(STAMP) ## run the CPU kernels' tests with address and undefined-beha
 	CXX=g++ INNERQ_CXXFLAGS="-g0 -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -P -m pytest tests/test_cpu_kernels.py $(ARGS)
+
+# One by one, so that what cannot be installed is a row of the table instead of the end of the run.
+rivals: ## measure decode attention against other libraries, which it installs (ARGS="--contexts 4096")
+	test -x $(RIVALS_VENV)/bin/python || $(PYTHON) -m venv $(RIVALS_VENV)
+	$(RIVALS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	grep -v '^#' benchmarks/rivals.txt | while read -r rival; do \
+		CMAKE_ARGS=-DLLAVA_BUILD=OFF $(RIVALS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt "$$rival" \
+			|| echo "left out: $$rival"; \
+	done
+	$(RIVALS_VENV)/bin/python benchmarks/bench_decode_attention.py --rivals torch transformers openvino llama.cpp $(ARGS)
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .
