@@ -1,0 +1,60 @@
+"""What a section gets: device, time left, and a place for its rows that survives its own crash."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass
+class Context:
+    """The running section's surroundings.
+
+    Attributes:
+        part: The one of its :attr:`~gpu_suite.plan.Section.parts` that this process does.
+        rows: File of one JSON object per line; flushed after each, so that a killed section keeps what it had.
+        deadline: ``time.monotonic()`` at which the section should have ended by itself.
+        gate: Files that a held section waits with, or ``None``.
+    """
+
+    device: torch.device
+    dry: bool
+    part: str
+    rows: Path
+    deadline: float
+    gate: Path | None = None
+
+    def emit(self, table: str, **row: Any) -> None:
+        """Adds a row to one of the section's tables."""
+        with self.rows.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"table": table, **row}) + "\n")
+
+    def seconds_left(self) -> float:
+        """Until the section should end."""
+        return self.deadline - time.monotonic()
+
+    def wait_for_turn(self) -> bool:
+        """Says that this process is prepared and waits until the GPU is its own. False: its turn never came."""
+        if self.gate is None:
+            return True
+        self.gate.with_suffix(".ready").touch()
+        go = self.gate.with_suffix(".go")
+        while not go.exists():
+            if self.seconds_left() < 0:
+                return False
+            time.sleep(0.05)
+        self.deadline = time.monotonic() + float(go.read_text() or "0")
+        return True
+
+
+def use_kernels(device: torch.device) -> None:
+    """Attaches the Triton kernels where they are what a user would run; elsewhere the ops keep the reference."""
+    if device.type == "cuda":
+        from innerq_compile.kernels import triton
+
+        triton.register()

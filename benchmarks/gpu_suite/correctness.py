@@ -1,0 +1,201 @@
+"""Section 1: every kernel on this device against the reference: stored bytes bit for bit, attention within its budget.
+
+The reference runs on the CPU on copies of the same tokens, so nothing of the device's own arithmetic is trusted.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from gpu_suite import errors
+from gpu_suite.context import Context
+from innerq_compile import ops, reference
+from innerq_compile.config import PRESETS, InnerQConfig
+from innerq_compile.layout import PADS, SLOTS, LayerState, allocate_state
+
+
+class Setup(NamedTuple):
+    """A cache and the tokens that it is given, chunk by chunk."""
+
+    config: InnerQConfig
+    q_heads: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype = torch.bfloat16
+    batch: int = 2
+    pads: int = 3
+    chunks: tuple[int, ...] = (300, 1, 1, 31, 64, 1)
+    capacity: int = 512
+
+
+def setups(part: str, dry: bool) -> Iterator[Setup]:
+    """What one process checks; ``part`` is a preset's name or a word of :mod:`gpu_suite.plan`."""
+    shapes = [(4, 2, 32)] if dry else [(32, 8, 128), (32, 32, 128), (32, 8, 64)]
+    if part in PRESETS:
+        for shape in shapes:
+            yield Setup(InnerQConfig.from_preset(part), *shape)
+        if not dry:
+            yield Setup(InnerQConfig.from_preset(part), 32, 8, 128, chunks=(2900, 1, 33, 1), capacity=3072)
+            yield Setup(InnerQConfig.from_preset(part), 8, 2, 128, torch.float16, pads=0)
+    elif part == "asymmetric":
+        for bits in (3,) if dry else (2, 3, 4, 8):
+            for mode in ("asymmetric", "hybrid"):
+                config = InnerQConfig(key_bits=bits, value_bits=bits, key_mode=mode, value_mode=mode)
+                yield Setup(config, *shapes[0])
+    elif part == "paper":
+        for preset in ("paper-base", "paper-small", "paper-hybrid"):
+            yield Setup(InnerQConfig.from_preset(preset), *shapes[0])
+    elif part == "shapes":
+        options: list[tuple[dict[str, Any], tuple[int, int, int]]] = [
+            ({}, (3, 1, 96)),
+            ({"key_norm": "off"}, (4, 4, 32)),
+            ({"key_center": "runtime"}, (4, 2, 32)),
+            ({"sink": 5, "recent": 40, "flush": 64}, (16, 2, 256)),
+            ({"group_size": 16}, (8, 8, 64)),
+            ({"group_size": 64}, (8, 1, 64)),
+            ({"sink": 0, "recent": 1}, (6, 2, 128)),
+        ]
+        for settings, shape in options[:3] if dry else options:
+            yield Setup(InnerQConfig(**settings), *shape, dtype=torch.float32)
+
+
+def run(context: Context) -> None:
+    """Rows ``checks``: one per setup and op; ``ok`` says whether it holds, ``reason`` where it raised."""
+    for setup in setups(context.part, context.dry):
+        for name, checks in (
+            ("append_kv", _check_append),
+            ("dequantize_kv", _check_dequantize),
+            ("decode", _check_decode),
+        ):
+            if context.seconds_left() < 0:
+                return
+            _record(context, setup, name, checks)
+
+
+def _record(context: Context, setup: Setup, op: str, checks: Callable[..., Iterator[dict[str, Any]]]) -> None:
+    row = {
+        "part": context.part, "shape": f"{setup.q_heads}/{setup.heads}/{setup.head_dim}", "op": op,
+        "dtype": str(setup.dtype).removeprefix("torch."), "spec": setup.config.spec,
+    }  # fmt: skip
+    try:
+        for found in checks(setup, context.device):
+            context.emit("checks", **row, **found)
+    except Exception as error:  # noqa: BLE001 the other ops are still worth checking
+        # A broken context fails everything after it: that is one error, not many.
+        if "illegal memory access" in str(error):
+            raise
+        reason = traceback.format_exc(limit=-6)[-1500:]
+        context.emit("checks", **row, ok=False, reason=reason)
+
+
+def _check_append(setup: Setup, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Every buffer after every chunk."""
+    theirs, ours = _empty(setup, torch.device("cpu")), _empty(setup, device)
+    for number, (key, value) in enumerate(_tokens(setup)):
+        reference.append_kv(key, value, theirs, setup.config)
+        ops.append_kv(key.to(device), value.to(device), *ours, setup.capacity, setup.config.spec)
+        wrong = _differing(ours, theirs)
+        yield {"ok": not wrong, "chunk": number, "tokens": key.shape[2], **({"reason": wrong} if wrong else {})}
+        if wrong:
+            return
+
+
+def _check_dequantize(setup: Setup, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The whole cache as the model sees it."""
+    state = _filled(setup)
+    wanted = reference.dequantize_kv(state, setup.config, setup.capacity)
+    got = ops.dequantize_kv(*_on(state, device), setup.capacity, setup.config.spec)
+    places = sum(int((a.cpu() != b).sum()) for a, b in zip(got, wanted, strict=True))
+    yield {"ok": places == 0, "differing": places}
+
+
+def _check_decode(setup: Setup, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Attention of 1 and of several tokens, rounded and exact, with no mask, a boolean and an additive one."""
+    state, config = _filled(setup), setup.config
+    keys, values = reference.dequantize_kv(state, config, setup.capacity, torch.float64)
+    sm_scale = setup.head_dim**-0.5
+    generator = torch.Generator().manual_seed(1)
+    for q_len in (1, 5):
+        query = torch.randn(setup.batch, setup.q_heads, q_len, setup.head_dim, generator=generator).to(setup.dtype)
+        for kind, mask in _masks(setup, q_len, generator).items():
+            bias = _bias(state, q_len, mask, setup.capacity)
+            wanted = reference.decode_attention(query, state, mask, sm_scale, config, setup.capacity, torch.float64)
+            plain = errors.attention64(query, keys, values, sm_scale, bias).to(wanted.dtype)
+            if not torch.allclose(plain.float(), wanted.float(), rtol=2 * torch.finfo(wanted.dtype).eps):
+                raise AssertionError("the suite's own float64 attention differs from the reference")
+            for exact in (False, True):
+                on_device = None if mask is None else mask.to(device)
+                out = ops.decode_attention(
+                    query.to(device), *_on(state, device), on_device, sm_scale, setup.capacity, config.spec, exact
+                ).cpu()
+                checked = errors.check(out, query, keys, values, sm_scale, bias, exact=exact)
+                yield {
+                    "ok": checked.ok, "q_len": q_len, "mask": kind, "exact": exact, "error": checked.error,
+                    "budget": checked.budget,
+                }  # fmt: skip
+
+
+def _masks(setup: Setup, q_len: int, generator: torch.Generator) -> dict[str, torch.Tensor | None]:
+    allowed = torch.rand(setup.batch, 1, q_len, setup.capacity, generator=generator) < 0.8
+    additive = torch.randn(1, setup.q_heads, q_len, setup.capacity, generator=generator)
+    return {"none": None, "bool": allowed, "additive": additive.to(setup.dtype)}
+
+
+def _bias(state: LayerState, q_len: int, mask: torch.Tensor | None, capacity: int) -> torch.Tensor:
+    """The mask as a float64 bias, with empty slots and pads, and without a mask the future, at minus infinity."""
+    slot = torch.arange(capacity)
+    slots, pads = (state.counts[:, column, None, None, None] for column in (SLOTS, PADS))
+    visible = (slot < slots) & (slot >= pads)
+    bias = torch.zeros((), dtype=torch.float64)
+    if mask is None:
+        visible = visible & (slot <= slots - q_len + torch.arange(q_len)[:, None])
+    elif mask.dtype == torch.bool:
+        visible = visible & mask
+    else:
+        bias = mask.double()
+    return torch.where(visible, bias, float("-inf"))
+
+
+def _empty(setup: Setup, device: torch.device) -> LayerState:
+    state = allocate_state(
+        setup.config, batch_size=setup.batch, num_kv_heads=setup.heads, head_dim=setup.head_dim,
+        capacity=setup.capacity, dtype=setup.dtype, device=device,
+    )  # fmt: skip
+    state.counts[0, PADS] = setup.pads
+    return state
+
+
+def _tokens(setup: Setup) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    for count in setup.chunks:
+        shape = (setup.batch, setup.heads, count, setup.head_dim)
+        key, value = (torch.randn(shape, generator=generator) for _ in range(2))
+        yield (2 * key).to(setup.dtype), (value + 0.3).to(setup.dtype)
+
+
+def _filled(setup: Setup) -> LayerState:
+    state = _empty(setup, torch.device("cpu"))
+    for key, value in _tokens(setup):
+        reference.append_kv(key, value, state, setup.config)
+    return state
+
+
+def _on(state: LayerState, device: torch.device) -> LayerState:
+    return LayerState(*(buffer.to(device) for buffer in state))
+
+
+def _differing(ours: LayerState, theirs: LayerState) -> str:
+    """The buffers that differ, and in how many places; a zero's sign carries no meaning, a scale's does."""
+    found = []
+    for name, a, b in zip(LayerState._fields, ours, theirs, strict=True):
+        a = a.cpu()
+        if not name.endswith(("zeros", "window")):
+            a, b = a.view(torch.uint8), b.view(torch.uint8)
+        places = int((a != b).sum())
+        if places:
+            found.append(f"{name}: {places} of {a.numel()}")
+    return ", ".join(found)

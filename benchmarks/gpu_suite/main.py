@@ -1,0 +1,168 @@
+"""Command line of the suite; the same program is every section's own process."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = 1
+"""Version of the result file's shape."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the suite, or one section of it as a child; returns the exit status.
+
+    The status is 1 when a section failed or its kernels were wrong; a section that ran out of time is no failure.
+    """
+    args = _parse(argv)
+    if args.child:
+        _run_child(args)
+        return 0
+    import torch
+
+    from gpu_suite import plan, summary
+
+    dry = args.dry or not torch.cuda.is_available()
+    if dry:
+        # Triton reads this when it is first imported, here or in a section's process.
+        os.environ["TRITON_INTERPRET"] = "1"
+    sections = plan.chosen(args.only, dry)
+    out = (
+        args.out
+        or (os.environ.get("OUT") and Path(os.environ["OUT"]))
+        or (None if dry else ROOT / "benchmarks/results")
+    )
+    if dry:
+        print("No GPU is used: a dry run on tiny shapes, whose numbers mean nothing.", flush=True)
+    with tempfile.TemporaryDirectory(prefix="gpu-suite-") as scratch:
+        folder = Path(scratch)
+        flush = _writer(out, dry, args.commit)
+        if args.in_process:
+            results = _run_in_process(sections, folder, flush)
+        else:
+            from gpu_suite.schedule import Schedule
+
+            schedule = Schedule(
+                sections, folder, budget=args.budget or plan.BUDGET, dry=dry, environment=_environment(folder),
+                flush=flush,
+            )  # fmt: skip
+            results = schedule.run()
+        record = flush(results, force=True)
+        if out is not None:
+            logs = "".join(
+                f"==== {path.name}\n{path.read_text(errors='replace')}\n" for path in sorted(folder.glob("*.log"))
+            )
+            (out / "gpu-suite.log").write_text(logs[-8_000_000:], encoding="utf-8")
+    print(summary.text(record))
+    if out is not None:
+        print(f"\nresult: {out / _file_name(record)}")
+    return int(summary.failed(record))
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu_suite", description=__doc__)
+    parser.add_argument("--out", type=Path, help="folder of the result; default: $OUT, else benchmarks/results")
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="run these sections alone")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="end within this time")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, also where there is a GPU")
+    parser.add_argument("--in-process", action="store_true", help="a dry run without processes: quicker, not isolated")
+    parser.add_argument("--commit", help="commit of this source, where git cannot tell")
+    for name, kind in (("--child", str), ("--part", str), ("--rows", Path), ("--seconds", float), ("--gate", Path)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def _run_child(args: argparse.Namespace) -> None:
+    import torch
+
+    from gpu_suite.context import Context, use_kernels
+
+    device = torch.device("cpu" if args.dry else "cuda")
+    deadline = time.monotonic() + args.seconds
+    context = Context(device, args.dry, args.part or "", args.rows, deadline, args.gate)
+    if not args.dry:
+        torch.cuda.set_device(0)
+        use_kernels(device)
+    torch.manual_seed(0)
+    importlib.import_module(f"gpu_suite.{args.child}").run(context)
+
+
+def _run_in_process(sections: list[Any], folder: Path, flush: Callable[..., Any]) -> dict[str, Any]:
+    """Every part of every section after the other in this process, on the CPU."""
+    import traceback
+
+    import torch
+
+    from gpu_suite.context import Context
+    from gpu_suite.jobs import read_rows
+
+    results: dict[str, Any] = {}
+    for section in sections:
+        records, rows = [], folder / f"{section.name}.jsonl"
+        for part in section.parts:
+            began, error = time.monotonic(), None
+            context = Context(torch.device("cpu"), True, part, rows, began + section.seconds)
+            try:
+                importlib.import_module(f"gpu_suite.{section.name}").run(context)
+            except Exception:  # noqa: BLE001 one section's failure is a result, not the end of the others
+                error = traceback.format_exc()
+            seconds = round(time.monotonic() - began, 1)
+            record = {"status": "failed" if error else "ok", "seconds": seconds, "part": part}
+            records.append({**record, "error": error} if error else record)
+        status = "failed" if any("error" in record for record in records) else "ok"
+        results[section.name] = {
+            "title": section.title, "status": status, "processes": records, "tables": read_rows(rows),
+        }  # fmt: skip
+        flush(results)
+    return results
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Variables of the sections' processes: the checkout importable, its backend known by name, output unbuffered."""
+    entry_points = folder / "path" / "innerq_compile-0+checkout.dist-info"
+    entry_points.mkdir(parents=True)
+    (entry_points / "METADATA").write_text("Metadata-Version: 2.1\nName: innerq-compile\nVersion: 0+checkout\n")
+    (entry_points / "entry_points.txt").write_text("[torch_dynamo_backends]\ninnerq = innerq_compile.backend:innerq\n")
+    inherited = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([str(entry_points.parent), str(ROOT), *([inherited] if inherited else [])])
+    # Few compile workers a process: many processes compile at once.
+    return {"TORCHINDUCTOR_COMPILE_THREADS": "4", **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def _writer(out: Path | None, dry: bool, commit: str | None) -> Callable[..., dict[str, Any]]:
+    """A function that writes the result file, whenever what it is given has changed."""
+    from gpu_suite.environment import source
+
+    began, last = time.time(), [""]
+    head = {"schema": SCHEMA, "dry": dry, "source": source(commit)}
+
+    def flush(sections: dict[str, Any], force: bool = False) -> dict[str, Any]:
+        record = {**head, "seconds": round(time.time() - began, 1), "sections": sections}
+        tables = json.dumps({name: section["tables"] for name, section in sections.items()})
+        if out is not None and (force or tables != last[0]):
+            last[0] = tables
+            out.mkdir(parents=True, exist_ok=True)
+            path = out / _file_name(record)
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            part.replace(path)
+        return record
+
+    return flush
+
+
+def _file_name(record: dict[str, Any]) -> str:
+    if record["dry"]:
+        return "gpu-dry.json"
+    rows = record["sections"].get("environment", {}).get("tables", {}).get("machine", [])
+    name = rows[0].get("gpu", "gpu") if rows else "gpu"
+    return f"gpu-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"

@@ -1,0 +1,95 @@
+"""Caches made of random codes: what a decode step reads costs the same whatever the codes say.
+
+A real prefill of a long context would take longer than everything that is measured on it. All bit patterns are valid
+codes of the ``full`` levels, and random ones are as hard on the memory and the datapath as real ones.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from innerq_compile.config import BLOCK, InnerQConfig
+from innerq_compile.layout import QUANTIZED, SLOTS, LayerState, allocate_state
+
+SPARE = 64
+"""Free slots behind the context, for the tokens that a measurement appends."""
+
+ASYMMETRIC_SHARE = 0.01
+"""Groups of a hybrid tensor that say they are asymmetric; the paper's timing assumes 1 %."""
+
+
+def random_state(
+    config: InnerQConfig, *, batch: int, heads: int, head_dim: int, context: int, device: torch.device,
+    dtype: torch.dtype = torch.bfloat16, capacity: int | None = None,
+) -> LayerState:  # fmt: skip
+    """Buffers that hold ``context`` tokens."""
+    state = allocate_state(
+        config, batch_size=batch, num_kv_heads=heads, head_dim=head_dim, capacity=capacity or context + SPARE,
+        dtype=dtype, device=device,
+    )  # fmt: skip
+    fill(state, config, context)
+    return state
+
+
+def fill(state: LayerState, config: InnerQConfig, context: int) -> None:
+    """Random numbers of a plausible size everywhere, and counts that say ``context`` tokens are held."""
+    for name, buffer in state._asdict().items():
+        if name.endswith("_codes"):
+            buffer.random_(0, 256)
+        elif name.endswith("_scales"):
+            buffer.uniform_(0.1, 0.6)
+            if getattr(config, "key_mode" if name[0] == "k" else "value_mode") == "hybrid":
+                chosen = torch.rand(buffer.shape, device=buffer.device, dtype=torch.float32) < ASYMMETRIC_SHARE
+                buffer.copy_(torch.where(chosen, -buffer, buffer))
+        elif name.endswith(("_zeros", "_window")):
+            buffer.normal_()
+        elif name == "key_norm" and config.key_norm != "off":
+            buffer.uniform_(0.7, 1.4)
+        elif name == "key_center" and config.key_center != "off":
+            buffer.normal_(0.0, 0.3)
+    _clear_zeros_of_symmetric_groups(state, config)
+    set_context(state, config, context)
+
+
+def set_context(state: LayerState, config: InnerQConfig, context: int) -> None:
+    """Makes the buffers hold ``context`` tokens of those that they were filled with."""
+    state.counts.zero_()
+    state.counts[:, SLOTS] = context
+    state.counts[:, QUANTIZED] = config.num_quantized(context)
+
+
+def _clear_zeros_of_symmetric_groups(state: LayerState, config: InnerQConfig) -> None:
+    for mode, scales, zeros in (
+        (config.key_mode, state.k_scales, state.k_zeros),
+        (config.value_mode, state.v_scales, state.v_zeros),
+    ):
+        if mode == "hybrid":
+            zeros.masked_fill_(~torch.signbit(scales), 0.0)
+
+
+def held_bytes(state: LayerState, config: InnerQConfig, context: int) -> int:
+    """Bytes of a decode step's packed part and windows: what has to be read, spare capacity left out."""
+    quantized = config.num_quantized(context)
+    total = 0
+    for name, buffer in state._asdict().items():
+        if buffer.dim() < 3 or not buffer.numel():
+            continue
+        size, units = buffer.numel() * buffer.element_size(), buffer.shape[2]
+        if name.endswith("_window"):
+            size = size * min(context - quantized, units) // units
+        elif name.startswith("v_") and not name.endswith("_codes"):
+            size = size * (quantized // config.group_size) // units
+        elif name.startswith(("k_", "v_")):
+            size = size * (quantized // BLOCK) // units
+        total += size
+    return total
+
+
+def copies_of(state: LayerState, count: int) -> list[LayerState]:
+    """The state and ``count - 1`` copies of it, each in memory of its own."""
+    return [state, *(LayerState(*(buffer.clone() for buffer in state)) for _ in range(count - 1))]
+
+
+def row_of(state: LayerState, row: int) -> LayerState:
+    """The buffers of one row of the batch."""
+    return LayerState(*(buffer[row : row + 1] if buffer.dim() > 1 else buffer for buffer in state))
