@@ -17,7 +17,7 @@ from innerq_compile import ops
 
 __all__ = ["register", "unavailable"]
 
-OPS: tuple[str, ...] = ()
+OPS: tuple[str, ...] = ("decode_attention",)
 """Ops that have a kernel here: launcher ``op`` in module ``.op``, with the arguments of the op."""
 
 _registered: list[torch.library.Library] = []

@@ -1,0 +1,384 @@
+"""The two device kernels of decode_attention: one split of the cache, and the merge of the splits.
+
+Codes are the *left* operand of both products, tokens (keys) or channels (values) being its rows, and the query rows are
+the columns: 8 of them cost half of what 16 padded rows would. A scale multiplies a finished sum over one tile
+(InnerQ's inner grouping). NB blocks at a time are NB independent online softmaxes, one per warp, merged when the split
+ends. Scores are in units of log 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from innerq_compile.kernels.triton.operands import code_offset, load_high_shifts, load_operand, place
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+_CAUSAL, _BOOLEAN, _ADDITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def decode_attention_kernel(
+    query_ptr, k_codes_ptr, k_scales_ptr, k_zeros_ptr, k_window_ptr, v_codes_ptr, v_scales_ptr, v_zeros_ptr,
+    v_window_ptr, key_norm_ptr, key_center_ptr, counts_ptr, mask_ptr, sums_ptr, stats_ptr,
+    stride_qb, stride_qh, stride_qm, stride_mb, stride_mh, stride_mm, stride_ms,
+    num_heads, num_blocks, capacity, num_splits, sm_scale,
+    Q_PER_KV: tl.constexpr, Q_LEN: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr,
+    SINK: tl.constexpr, RING: tl.constexpr,
+    K_BITS: tl.constexpr, K_MODE: tl.constexpr, K_CENTER: tl.constexpr,
+    V_BITS: tl.constexpr, V_MODE: tl.constexpr, V_CENTER: tl.constexpr,
+    MASK: tl.constexpr, MASK_SHARED: tl.constexpr, EXACT: tl.constexpr, WIDEN: tl.constexpr, ASM: tl.constexpr,
+    NB: tl.constexpr, RT: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of one split of one key-value head, for RT of its R = Q_PER_KV * Q_LEN stacked query rows.
+
+    Grid (splits, B * H, row tiles). Row r is query head ``r // Q_LEN`` of the head's own, query token ``r % Q_LEN``.
+    Splits ``0 .. num_splits - 1`` share the packed blocks that exist, and one that gets none writes nothing; each other
+    one takes 32 * NB slots of the windows. Written: ``sums`` float32 [B * H, splits, R, D], weighted sums of values,
+    and ``stats`` float32 [B * H, splits, R, 2], largest score and sum of weights.
+
+    ``k_codes`` and ``v_codes`` come as int16 pointers. MASK_SHARED: one mask serves all rows of a head. WIDEN: windows
+    are multiplied in float32, not in their own dtype. EXACT: everything is.
+    """
+    split = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    batch = head // num_heads
+    slots = tl.load(counts_ptr + batch * 3)
+    pads = tl.load(counts_ptr + batch * 3 + 2)
+    held = slots - pads
+    blocks = tl.minimum(tl.load(counts_ptr + batch * 3 + 1) // 32, num_blocks)
+
+    rows = tl.program_id(2) * RT + tl.arange(0, RT)
+    row_exists = rows < Q_PER_KV * Q_LEN
+    q_head = (head % num_heads) * Q_PER_KV
+    query_rows = query_ptr + batch * stride_qb + (q_head + rows // Q_LEN) * stride_qh + rows % Q_LEN * stride_qm
+    # A row sees the tokens below its end; a row that does not exist sees none.
+    end = tl.minimum(held, capacity - pads) + 0 * rows
+    if MASK == _CAUSAL:
+        end = tl.minimum(end, held - Q_LEN + 1 + rows % Q_LEN)
+    end = tl.where(row_exists, end, 0)
+    mask_ptr += batch * stride_mb + q_head * stride_mh + pads * stride_ms
+    mask_rows = (rows // Q_LEN).to(tl.int64) * stride_mh + rows % Q_LEN * stride_mm
+    scale = tl.full([], sm_scale, tl.float32) * _LOG2E  # comes as float64 under Inductor
+    out_rows = (head * tl.num_programs(0) + split) * (Q_PER_KV * Q_LEN) + rows
+
+    if split >= num_splits:
+        window = head * (SINK + RING) * HEAD_DIM
+        _attend_windows(
+            query_rows, k_window_ptr + window, v_window_ptr + window, mask_ptr, mask_rows, stride_ms,
+            sums_ptr, stats_ptr, out_rows, row_exists, end, scale, (split - num_splits) * (32 * NB), held, blocks,
+            HEAD_DIM, SINK, RING, MASK, MASK_SHARED, WIDEN, NB, RT,
+        )  # fmt: skip
+    else:
+        each = tl.cdiv(tl.cdiv(blocks, num_splits), NB) * NB
+        first = split * each
+        last = tl.minimum(first + each, blocks)
+        if first < last:
+            codes = head * num_blocks * HEAD_DIM * 2  # times bits: int16 words before this head
+            groups = head * num_blocks * (HEAD_DIM * 32 // GROUP)
+            _attend_packed(
+                query_rows, k_codes_ptr + codes * K_BITS, k_scales_ptr + groups, k_zeros_ptr + groups,
+                v_codes_ptr + codes * V_BITS, v_scales_ptr + groups, v_zeros_ptr + groups,
+                key_norm_ptr + head * HEAD_DIM, key_center_ptr + head * HEAD_DIM, mask_ptr, mask_rows, stride_ms,
+                sums_ptr, stats_ptr, out_rows, row_exists, end, scale, first, last, slots,
+                HEAD_DIM, GROUP, SINK, K_BITS, K_MODE, K_CENTER, V_BITS, V_MODE, V_CENTER,
+                MASK, MASK_SHARED, EXACT, ASM, NB, RT,
+            )  # fmt: skip
+
+
+@triton.jit
+def _attend_packed(
+    query_rows, k_codes_ptr, k_scales_ptr, k_zeros_ptr, v_codes_ptr, v_scales_ptr, v_zeros_ptr, norm_ptr, center_ptr,
+    mask_ptr, mask_rows, stride_ms, sums_ptr, stats_ptr, out_rows, row_exists, end, scale, first, last, slots,
+    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
+    K_BITS: tl.constexpr, K_MODE: tl.constexpr, K_CENTER: tl.constexpr,
+    V_BITS: tl.constexpr, V_MODE: tl.constexpr, V_CENTER: tl.constexpr,
+    MASK: tl.constexpr, MASK_SHARED: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
+    NB: tl.constexpr, RT: tl.constexpr,
+):  # fmt: skip
+    """Blocks [first, last): codes enter the products as they are, scales multiply the sums over a tile.
+
+    Rows and columns of all operands are in operand order, so token and channel of a position are ``place`` of it.
+    """
+    TILES: tl.constexpr = HEAD_DIM // 32
+    PARTS: tl.constexpr = 32 // min(GROUP, 32)  # a group of 16 is a part of a tile; a longer one covers tiles
+    DTYPE: tl.constexpr = tl.float32 if EXACT else tl.float16
+    lane = place(tl.arange(0, 32))
+    nb = tl.arange(0, NB)
+    peak, center = _query_range(query_rows, norm_ptr, center_ptr, row_exists, HEAD_DIM, EXACT, RT)
+    query, query_starts, query_sums = (), (), ()
+    for t in tl.static_range(TILES):
+        q = _load_query(query_rows, t * 32 + lane, row_exists)
+        q = (q * (tl.load(norm_ptr + t * 32 + lane)[:, None] / peak[None, :])).to(DTYPE)
+        for part in tl.static_range(PARTS):
+            q_part = _only_part(q, part, PARTS)
+            query += (tl.broadcast_to(q_part[None, :, :], [NB, 32, RT]),)
+            query_starts += (_query_start(q_part, K_BITS, K_CENTER if K_MODE == 0 else 0.0, EXACT, NB, RT),)
+            query_sums += (tl.sum(q_part.to(tl.float32), 0)[None, None, :],)
+    row_scale = (peak * scale)[None, None, :]
+    center = (center * scale)[None, None, :]
+    high_shifts = load_high_shifts(k_codes_ptr, slots)
+    value_start = _start_operand(V_BITS, V_CENTER if V_MODE == 0 else 0.0, EXACT, NB)
+
+    largest = tl.full([NB, RT], _LOWEST, tl.float32)
+    total = tl.zeros([NB, 32, RT], tl.float32)
+    sums = ()
+    for _ in tl.static_range(TILES):
+        sums += (tl.zeros([NB, 32, RT], tl.float32),)
+
+    for i in range(first, last, NB):
+        # Blocks past the last are the last one again, and no row sees their tokens.
+        block = tl.minimum(nb, (last - 1 - i).to(tl.int32))
+        scores = tl.zeros([NB, 32, RT], tl.float32)
+        for t in tl.static_range(TILES):
+            codes = _load_codes(k_codes_ptr, i, block, t, high_shifts, HEAD_DIM, K_BITS, EXACT, ASM, NB)
+            for part in tl.static_range(PARTS):
+                at = t * PARTS + part
+                products = tl.dot(codes, query[at], query_starts[at], input_precision="ieee")
+                start = i * (HEAD_DIM * 32 // GROUP) + (t * 32 // GROUP + part) * 32
+                offsets = block[:, None] * (HEAD_DIM * 32 // GROUP) + lane[None, :]
+                s, z = _load_scales(k_scales_ptr + start, k_zeros_ptr + start, offsets, K_MODE, K_CENTER)
+                scores += products * s[:, :, None]
+                if K_MODE != 0:
+                    scores += z[:, :, None] * query_sums[at]
+        scores = _mask_scores(
+            scores * row_scale + center, SINK + i * 32, nb[:, None] * 32 + lane[None, :],
+            tl.minimum(end, SINK + last * 32), mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED,
+        )  # fmt: skip
+        largest, weights, rescale = _weigh(scores, largest)
+        total = total * rescale + weights
+        updated = ()
+        for t in tl.static_range(TILES):
+            updated += (sums[t] * rescale,)
+        sums = updated
+        for part in tl.static_range(PARTS):
+            w_part = _only_part(weights.to(DTYPE), part, PARTS)
+            start = tl.dot(value_start, w_part, input_precision="ieee")
+            updated = ()
+            for t in tl.static_range(TILES):
+                codes = _load_codes(v_codes_ptr, i, block, t, high_shifts, HEAD_DIM, V_BITS, EXACT, ASM, NB)
+                products = tl.dot(codes, w_part, start, input_precision="ieee")
+                if GROUP <= 32:
+                    group = (i * PARTS + part) * HEAD_DIM
+                    offsets = block[:, None] * (PARTS * HEAD_DIM) + t * 32 + lane[None, :]
+                else:
+                    group = i // (GROUP // 32) * HEAD_DIM
+                    later = (block + i % (GROUP // 32)) // (GROUP // 32)
+                    offsets = later[:, None] * HEAD_DIM + t * 32 + lane[None, :]
+                s, z = _load_scales(v_scales_ptr + group, v_zeros_ptr + group, offsets, V_MODE, V_CENTER)
+                added = sums[t] + products * s[:, :, None]
+                if V_MODE != 0:
+                    added += z[:, :, None] * tl.sum(w_part.to(tl.float32), 1)[:, None, :]
+                updated += (added,)
+            sums = updated
+    for t in tl.static_range(TILES):
+        _store_sums(sums_ptr, sums[t], largest, out_rows, row_exists, t * 32 + lane, HEAD_DIM)
+    _store_stats(stats_ptr, total, largest, out_rows, row_exists)
+
+
+@triton.jit
+def _attend_windows(
+    query_rows, k_window_ptr, v_window_ptr, mask_ptr, mask_rows, stride_ms,
+    sums_ptr, stats_ptr, out_rows, row_exists, end, scale, first_slot, held, blocks,
+    HEAD_DIM: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr, MASK: tl.constexpr, MASK_SHARED: tl.constexpr,
+    WIDEN: tl.constexpr, NB: tl.constexpr, RT: tl.constexpr,
+):  # fmt: skip
+    """Slots [first_slot, first_slot + 32 * NB) of the windows, in the order in which they lie in memory."""
+    TILES: tl.constexpr = HEAD_DIM // 32
+    DTYPE: tl.constexpr = tl.float32 if WIDEN else k_window_ptr.dtype.element_ty
+    lane = tl.arange(0, 32)
+    slot = first_slot + tl.arange(0, NB)[:, None] * 32 + lane[None, :]
+    # The newest token that belongs in a ring slot; it is in the slot unless it was never appended or is packed.
+    token = tl.where(slot < SINK, slot, held - 1 - (held - 1 - slot) % RING)
+    is_held = (token < held) & ((slot < SINK) | (token >= SINK + blocks * 32)) & (slot < SINK + RING)
+    scores = tl.zeros([NB, 32, RT], tl.float32)
+    for t in tl.static_range(TILES):
+        channels = (t * 32 + lane)[None, None, :]
+        keys = tl.load(k_window_ptr + slot[:, :, None] * HEAD_DIM + channels, mask=is_held[:, :, None], other=0.0)
+        query = _load_query(query_rows, t * 32 + lane, row_exists).to(DTYPE)
+        query = tl.broadcast_to(query[None, :, :], [NB, 32, RT])
+        scores = tl.dot(keys.to(DTYPE), query, scores, input_precision="ieee")
+    token = tl.where(is_held, token, held)
+    scores = _mask_scores(scores * scale, 0, token, end, mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED)
+    largest, weights, _ = _weigh(scores, tl.full([NB, RT], _LOWEST, tl.float32))
+    for t in tl.static_range(TILES):
+        channels = (t * 32 + lane)[None, :, None]
+        values = tl.load(v_window_ptr + slot[:, None, :] * HEAD_DIM + channels, mask=is_held[:, None, :], other=0.0)
+        sums = tl.dot(values.to(DTYPE), weights.to(DTYPE), input_precision="ieee")
+        _store_sums(sums_ptr, sums, largest, out_rows, row_exists, t * 32 + lane, HEAD_DIM)
+    _store_stats(stats_ptr, weights, largest, out_rows, row_exists)
+
+
+@triton.jit
+def _load_query(query_rows, channels, row_exists):
+    """Query rows of some channels as float32 [channels, RT]."""
+    return tl.load(query_rows[None, :] + channels[:, None], mask=row_exists[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _query_range(
+    query_rows, norm_ptr, center_ptr, row_exists, HEAD_DIM: tl.constexpr, EXACT: tl.constexpr, RT: tl.constexpr
+):
+    """Largest magnitude of each row times key norm (1 where float32 needs no range), and the row times key center."""
+    peak = tl.zeros([RT], tl.float32)
+    center = tl.zeros([RT], tl.float32)
+    for t in tl.static_range(HEAD_DIM // 32):
+        channels = t * 32 + tl.arange(0, 32)
+        q = _load_query(query_rows, channels, row_exists)
+        peak = tl.maximum(peak, tl.max(tl.abs(q * tl.load(norm_ptr + channels)[:, None]), 0))
+        center += tl.sum(q * tl.load(center_ptr + channels)[:, None], 0)
+    if EXACT:
+        peak = tl.full([RT], 1.0, tl.float32)
+    return tl.where(peak > 0, peak, 1.0), center
+
+
+@triton.jit
+def _only_part(x, part: tl.constexpr, PARTS: tl.constexpr):
+    """x [..., 32, RT] with the rows outside a part of the tile's inner axis set to 0."""
+    if PARTS > 1:
+        inside = (tl.arange(0, 32) // 16 == part)[:, None]
+        x = tl.where(inside if len(x.shape) == 2 else inside[None, :, :], x, 0.0)
+    return x
+
+
+@triton.jit
+def _start_operand(BITS: tl.constexpr, CENTER: tl.constexpr, EXACT: tl.constexpr, NB: tl.constexpr):
+    """[NB, 32 outer, 32 inner]: minus what :func:`load_operand` added to the codes, minus the center."""
+    position = tl.arange(0, 32)
+    if EXACT:
+        offset = tl.full([32, 32], 0.0, tl.float32)
+    else:
+        offset = code_offset(position[None, :], position[:, None] // 16, BITS)
+    start = (-CENTER - offset).to(tl.float32 if EXACT else tl.float16)
+    return tl.broadcast_to(start[None, :, :], [NB, 32, 32])
+
+
+@triton.jit
+def _query_start(q, BITS: tl.constexpr, CENTER: tl.constexpr, EXACT: tl.constexpr, NB: tl.constexpr, RT: tl.constexpr):
+    """Start of the accumulator of ``codes @ q`` for q [32, RT]: float32 [NB, 32, RT]."""
+    position = tl.arange(0, 32)
+    if EXACT:
+        start = -CENTER * tl.sum(q, 0)[None, :] + tl.zeros([32, RT], tl.float32)
+    else:
+        low = tl.sum(q.to(tl.float32) * (-CENTER - code_offset(position, 0, BITS))[:, None], 0)
+        start = low[None, :]
+        if BITS == 4:
+            high = tl.sum(q.to(tl.float32) * (-CENTER - code_offset(position, 1, BITS))[:, None], 0)
+            start = tl.where((position < 16)[:, None], start, high[None, :])
+        else:
+            start = tl.broadcast_to(start, [32, RT])
+    return tl.broadcast_to(start[None, :, :], [NB, 32, RT])
+
+
+@triton.jit
+def _load_codes(
+    codes_ptr, first_block, block, tile: tl.constexpr, high_shifts,
+    HEAD_DIM: tl.constexpr, BITS: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """Tile ``tile`` of blocks first_block + block [NB] as an operand; EXACT: as float32, with nothing added."""
+    start = codes_ptr + first_block * (HEAD_DIM * 2 * BITS) + tile * (64 * BITS)
+    codes = load_operand(start, block * (HEAD_DIM * 2 * BITS), high_shifts, BITS, NB, ASM)
+    if EXACT:
+        position = tl.arange(0, 32)
+        codes = codes.to(tl.float32) - code_offset(position[None, :], position[:, None] // 16, BITS)[None, :, :]
+    return codes
+
+
+@triton.jit
+def _load_scales(scales_ptr, zeros_ptr, offsets, MODE: tl.constexpr, CENTER: tl.constexpr):
+    """Step s and constant z of ``s * u + z`` in float32; z has no meaning in symmetric mode."""
+    s = tl.load(scales_ptr + offsets).to(tl.float32)
+    z = s
+    if MODE == 1:
+        z = tl.load(zeros_ptr + offsets).to(tl.float32)
+    elif MODE == 2:
+        # The sign bit marks an asymmetric group, also on a scale of -0.0.
+        center = tl.where(s.to(tl.int32, bitcast=True) < 0, 0.0, CENTER)
+        s = tl.abs(s)
+        z = tl.load(zeros_ptr + offsets).to(tl.float32) - s * center
+    return s, z
+
+
+@triton.jit
+def _mask_scores(
+    scores, first_token, token, end, mask_ptr, mask_rows, stride_ms, MASK: tl.constexpr, MASK_SHARED: tl.constexpr
+):
+    """Scores [NB, 32, RT] of tokens first_token + token [NB, 32]; -inf at and past ``end`` [RT] or where masked."""
+    visible = token[:, :, None] < (end - first_token).to(token.dtype)[None, None, :]
+    if MASK != _CAUSAL:
+        if MASK_SHARED:
+            there = token < tl.max(end - first_token, 0).to(token.dtype)
+            at = mask_ptr + (first_token + token) * stride_ms
+        else:
+            there = visible
+            at = mask_ptr + ((first_token + token) * stride_ms)[:, :, None] + mask_rows[None, None, :]
+        mask = tl.load(at, mask=there, other=0)
+        if MASK_SHARED:
+            mask = mask[:, :, None]
+        if MASK == _BOOLEAN:
+            visible = visible & (mask != 0)
+        else:
+            # The most negative finite number is a common "no": it must stay finite in units of log 2, as it does here.
+            scores += tl.where(mask >= _LOWEST, tl.maximum(mask * _LOG2E, _LOWEST), mask)
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def _weigh(scores, largest):
+    """Weights 2^(scores - largest) [NB, 32, RT] with the new largest [NB, RT], and what brings old sums to it."""
+    new = tl.maximum(largest, tl.max(scores, 1))
+    return new, tl.exp2(scores - new[:, None, :]), tl.exp2(largest - new)[:, None, :]
+
+
+@triton.jit
+def _store_sums(sums_ptr, sums, largest, out_rows, row_exists, channels, HEAD_DIM: tl.constexpr):
+    """Merges the NB softmaxes' sums [NB, 32 channels, RT]."""
+    factor = tl.exp2(largest - tl.max(largest, 0)[None, :])
+    merged = tl.sum(sums * factor[:, None, :], 0)
+    tl.store(sums_ptr + out_rows[None, :] * HEAD_DIM + channels[:, None], merged, mask=row_exists[None, :])
+
+
+@triton.jit
+def _store_stats(stats_ptr, total, largest, out_rows, row_exists):
+    """Merges the NB softmaxes' largest scores [NB, RT] and weights [NB, 32, RT]."""
+    top = tl.max(largest, 0)
+    merged = tl.sum(tl.sum(total, 1) * tl.exp2(largest - top[None, :]), 0)
+    tl.store(stats_ptr + out_rows * 2, top, mask=row_exists)
+    tl.store(stats_ptr + out_rows * 2 + 1, merged, mask=row_exists)
+
+
+@triton.jit
+def combine_kernel(
+    sums_ptr, stats_ptr, counts_ptr, out_ptr, num_heads, num_blocks, num_splits, num_window_splits, out_rows,
+    HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, NB: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Merges the splits of one query row: ``out`` [B, Hq, M, D]; 0 for a row that attends to nothing.
+
+    Grid (R, B * H), R = ``out_rows`` rows per key-value head. CHANNELS: HEAD_DIM, made a power of two.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    blocks = tl.minimum(tl.load(counts_ptr + head // num_heads * 3 + 1) // 32, num_blocks)
+    each = tl.cdiv(tl.cdiv(blocks, num_splits), NB) * NB
+    all_splits = num_splits + num_window_splits
+    used = tl.cdiv(blocks, tl.maximum(each, 1))
+    channels = tl.arange(0, CHANNELS)
+    largest = tl.full([1], _LOWEST, tl.float32)
+    total = tl.zeros([1], tl.float32)
+    sums = tl.zeros([CHANNELS], tl.float32)
+    for first in range(0, all_splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        written = (split < used) | ((split >= num_splits) & (split < all_splits))
+        row = (head * all_splits + split) * out_rows + tl.program_id(0)
+        top = tl.load(stats_ptr + row * 2, mask=written, other=_LOWEST)
+        weight = tl.load(stats_ptr + row * 2 + 1, mask=written, other=0.0)
+        new = tl.maximum(largest, tl.max(top, 0))
+        factor = tl.where(written, tl.exp2(top - new), 0.0)
+        at = row[:, None] * HEAD_DIM + channels[None, :]
+        part = tl.load(sums_ptr + at, mask=written[:, None] & (channels < HEAD_DIM)[None, :], other=0.0)
+        rescale = tl.exp2(largest - new)
+        sums = sums * rescale + tl.sum(part * factor[:, None], 0)
+        total = total * rescale + tl.sum(weight * factor, 0)
+        largest = new
+    result = tl.where(total > 0, sums / total, 0.0)
+    row = head * out_rows + tl.program_id(0)
+    tl.store(out_ptr + row * HEAD_DIM + channels, result.to(out_ptr.dtype.element_ty), mask=channels < HEAD_DIM)

@@ -1,0 +1,108 @@
+"""Packed tiles as matrix operands: codes become float16 numbers by OR-ing them into a constant, never by conversion.
+
+A code that stands at bit p of a byte and is OR-ed into the float16 ``2**(10 - p)`` makes ``2**(10 - p) + code``: bit p
+of its mantissa is worth 1. Two codes of a 32-bit register take one such instruction. The constants leave the product
+again through the start value of its accumulator.
+
+The 32 rows and the 32 columns of an operand are the tile's outer and inner axis in *operand order*: position
+``16 a + 8 c + b`` holds index ``16 a + 2 b + c`` (:func:`place`). In that order the two halves of a register hold codes
+of the same byte of two words, a thread's words lie side by side, and every field of a word lands in the thread that
+loaded it: no code ever crosses to another thread.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from innerq_compile.kernels.triton.packed_ops import bits_or, select_bits, shift_left, shift_right
+
+
+@triton.jit
+def place(position):
+    """Outer or inner index of a tile that stands at ``position`` of an operand; also for several tiles in a row."""
+    return (position & -16) | ((position & 7) << 1) | ((position >> 3) & 1)
+
+
+@triton.jit
+def code_offset(position, half, BITS: tl.constexpr):
+    """What the constants add to a code of inner ``position`` and outer half (0 or 1), float32."""
+    if BITS == 8:
+        offset = tl.where(position < 32, 512.0, 0.0) + half * 0.0
+    elif BITS == 4:
+        offset = tl.where(position < 32, 512.0, 0.0) - half * 448.0
+    else:
+        offset = tl.where(position < 16, 512.0, 32.0) + half * 0.0
+    return offset
+
+
+@triton.jit
+def load_operand(codes_ptr, tile_offsets, high_shifts, BITS: tl.constexpr, NB: tl.constexpr, ASM: tl.constexpr):
+    """NB tiles as float16 [NB, 32 outer, 32 inner] in operand order: each code plus its :func:`code_offset`.
+
+    Args:
+        codes_ptr: int16 pointer.
+        tile_offsets: int32 [NB], where each tile begins, in units of 16 bits.
+        high_shifts: See :func:`load_high_shifts`.
+        ASM: Two codes per instruction, in PTX; otherwise plain Triton, one code at a time.
+    """
+    start = codes_ptr + tile_offsets[:, None]
+    if BITS == 8:
+        x = tl.load(start + tl.arange(0, 512)[None, :])
+        x = tl.permute(tl.reshape(x, [NB, 2, 4, 2, 8, 2, 2]), [0, 3, 5, 4, 1, 2, 6])
+        x = tl.reshape(x, [NB, 32, 2, 8])
+        even = bits_or(shift_left(x, 1, ASM), 0x01FE, 0x6000, ASM)
+        odd = bits_or(shift_right(x, 7, ASM), 0x01FE, 0x6000, ASM)
+        operand = tl.permute(tl.join(even, odd), [0, 1, 2, 4, 3])  # tile, outer, part, parity, (word, pair)
+    elif BITS == 4:
+        x = tl.load(start + tl.arange(0, 256)[None, :])
+        x = tl.permute(tl.reshape(x, [NB, 2, 4, 8, 2, 2]), [0, 4, 3, 1, 2, 5])
+        x = tl.reshape(x, [NB, 16, 2, 8])
+        low_even = bits_or(shift_left(x, 1, ASM), 0x001E, 0x6000, ASM)
+        low_odd = bits_or(shift_right(x, 7, ASM), 0x001E, 0x6000, ASM)
+        high_even = bits_or(x, 0x00F0, 0x5400, ASM)
+        high_odd = bits_or(shift_right(x, 8, ASM), 0x00F0, 0x5400, ASM)
+        operand = tl.join(tl.join(low_even, low_odd), tl.join(high_even, high_odd))
+        operand = tl.permute(operand, [0, 5, 1, 2, 4, 3])  # tile, half, outer, part, parity, (word, pair)
+    else:
+        x = _load_quads(start, tl.arange(0, 128), NB)
+        # Both parts of one half per word: bits 1.. and 5.. of each byte.
+        low, high = shift_left(x, 1, ASM), shift_right(x, 1, ASM)
+        if BITS == 3:
+            h = _load_quads(start + 128, tl.arange(0, 128) % 64, NB)
+            shifts = high_shifts[None, None, :]
+            low = select_bits(0x6666, low, shift_left(h, shifts, ASM), ASM)
+            high = select_bits(0x6666, high, shift_left(h, shifts - 1, ASM), ASM)
+        low = _both_parities(low, BITS, ASM)
+        high = _both_parities(high, BITS, ASM)
+        operand = tl.permute(tl.join(low, high), [0, 5, 1, 4, 3, 2])  # tile, half, outer, part, parity, (word, pair)
+    return tl.reshape(operand, [NB, 32, 32])
+
+
+@triton.jit
+def load_high_shifts(any_int16_ptr, slots):
+    """int16 [8]: how far left a 1-bit plane's word goes, per column of a word pair, before its bits stand at 3 and 7.
+
+    Lanes that share a word of that plane want different bits of it. The numbers come as the default of a load that is
+    masked off (``slots`` is never negative, but who compiles does not know): Triton moves a change of layout up to the
+    loads, and gives up, shuffling all the unpacked codes, at a number that comes from anywhere else.
+    """
+    column = tl.arange(0, 8)
+    numbers = (3 - column // 4 * 2).to(tl.int16)
+    return tl.load(any_int16_ptr + column, mask=column + slots < 0, other=numbers)
+
+
+@triton.jit
+def _load_quads(start, offsets, NB: tl.constexpr):
+    """A plane of four word columns: int16 [NB, 16 outer, 8 (word, pair)] in operand order."""
+    x = tl.load(start + offsets[None, :])
+    return tl.reshape(tl.permute(tl.reshape(x, [NB, 4, 8, 2, 2]), [0, 3, 2, 1, 4]), [NB, 16, 8])
+
+
+@triton.jit
+def _both_parities(words, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Even and odd bytes, both parts: float16 [NB, 16, 8, parity 2, part 2]."""
+    MASK: tl.constexpr = 0x06 if BITS == 2 else 0x0E
+    odd = shift_right(words, 8, ASM)
+    first = tl.join(bits_or(words, MASK, 0x6000, ASM), bits_or(odd, MASK, 0x6000, ASM))
+    second = tl.join(bits_or(words, MASK << 4, 0x5000, ASM), bits_or(odd, MASK << 4, 0x5000, ASM))
+    return tl.join(first, second)
