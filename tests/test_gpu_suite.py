@@ -41,6 +41,8 @@ def test_a_dry_run_ends_with_every_section_done(dry_record, suite):
     assert {row["op"] for row in checks} == {"append_kv", "dequantize_kv", "decode"} and all(
         row["ok"] for row in checks
     )
+    broken = {name: s["tables"].get(table) for name, s in sections.items() for table in ("failed", "wrong", "late")}
+    assert not any(broken.values()), broken
     models = sections["end_to_end"]["tables"]["end_to_end"]
     assert {row["cache"] for row in models} == {"static", "base"}
     assert all(row["recompiles"] == 0 for row in models), "preparing ahead did not compile what is measured"

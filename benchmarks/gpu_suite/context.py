@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ class Context:
         with self.rows.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"table": table, **row}) + "\n")
 
+    def without_broken(self, presets: tuple[str, ...]) -> tuple[str, ...]:
+        """Those presets whose kernels did not end the process that checked them."""
+        broken = os.environ.get(BROKEN, "").split(",")
+        return tuple(preset for preset in presets if preset not in broken)
+
     def seconds_left(self) -> float:
         """Until the section should end."""
         return self.deadline - time.monotonic()
@@ -50,6 +56,10 @@ class Context:
             time.sleep(0.05)
         self.deadline = time.monotonic() + float(go.read_text() or "0")
         return True
+
+
+BROKEN = "GPU_SUITE_BROKEN"
+"""Environment variable: presets whose checks ended their process, by commas. Their kernels would end others too."""
 
 
 def use_kernels(device: torch.device) -> None:

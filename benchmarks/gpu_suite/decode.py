@@ -60,7 +60,12 @@ def run(context: Context) -> None:
         ceiling = best_reader(context.device)[1]
     context.emit("ceiling", gb_per_s=round(ceiling, 1))
     best_ways: dict[Case, str] = {}
-    for case in DRY_CASES if context.dry else CASES:
+    cases = (
+        DRY_CASES
+        if context.dry
+        else [case for case in CASES if (case.heads == case.q_heads) == (context.part == "mha")]
+    )
+    for case in cases:
         # FlexAttention's share of the time; a case takes about two seconds.
         if context.seconds_left() < (0 if context.dry else 20):
             context.emit("attention", **case._asdict(), skipped="out of time")
@@ -70,8 +75,8 @@ def run(context: Context) -> None:
         except torch.cuda.OutOfMemoryError:
             context.emit("attention", **case._asdict(), skipped="does not fit the memory")
         _free(context.device)
-    for case in DRY_CASES[:1] if context.dry else FLEX_CASES:
-        if case in best_ways and context.seconds_left() > 5 and not context.dry:
+    for case in FLEX_CASES:
+        if case in best_ways and context.seconds_left() > 5:
             _run_flex(context, case, best_ways[case])
             _free(context.device)
 
@@ -110,7 +115,7 @@ def _run_case(context: Context, case: Case, ceiling: float) -> str:
     fits = not context.dry and _free_bytes(context.device) > 1.5 * case.bf16_bytes
     if fits or context.dry:
         contenders |= _rival_contenders(context, case, query, l2, checked, failed)
-    for preset in PRESETS:
+    for preset in context.without_broken(PRESETS):
         try:
             state, size = _state(context, case, preset)
             out = ours(query, state, preset, case)
@@ -118,9 +123,8 @@ def _run_case(context: Context, case: Case, ceiling: float) -> str:
             if not checked[preset].ok:
                 continue
             copies = copies_of(state, copies_for(size, context.device, l2, _free_bytes(context.device) / 2))
-        except torch.cuda.OutOfMemoryError:
-            raise
         except Exception as error:  # noqa: BLE001 the other presets are still worth their row
+            _raise_if_lost(error)
             failed[preset] = f"{type(error).__name__}: {error}"[:500]
             continue
         contenders[preset] = Contender(
@@ -158,9 +162,8 @@ def _rival_contenders(
     for name, attend in ways.items():
         try:
             checked[name] = _check_rival(attend(query, *pair), query, *pair)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except Exception as error:  # noqa: BLE001 a backend that refuses these shapes is no contender
+            _raise_if_lost(error)
             failed[name] = f"{type(error).__name__}: {error}"[:300]
             continue
         if checked[name].ok:
@@ -230,9 +233,18 @@ def _check(query: torch.Tensor, state: LayerState, preset: str, case: Case, out:
 def _check_rival(out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> errors.Checked:
     heads = min(CHECKED_HEADS, key.shape[1])
     q_heads = heads * (query.shape[1] // key.shape[1])
+    out = out.reshape(query.shape)
     return errors.check(
         out[:1, :q_heads], query[:1, :q_heads], key[:1, :heads], value[:1, :heads], query.shape[3] ** -0.5, exact=True
     )
+
+
+def _raise_if_lost(error: Exception) -> None:
+    """Nothing can be run after an error that destroys the process's CUDA context."""
+    if any(
+        word in str(error) for word in ("illegal memory access", "unspecified launch failure", "misaligned address")
+    ):
+        raise error
 
 
 def _free_bytes(device: torch.device) -> float:

@@ -166,9 +166,7 @@ def _compile(context: Context, model: PreTrainedModel, step: Callable[..., Any],
     _steps(step, cache, unit, unit.contexts[0], 1, context.device, context.dry)
     del cache
     gc.collect()
-    if context.device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+    models.drop_weights(model)
     return "ahead"
 
 

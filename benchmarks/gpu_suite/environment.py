@@ -53,6 +53,11 @@ def machine(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def gpu_name() -> str:
+    """The first GPU's, asked without making this process a user of the GPU where that can be done."""
+    return smi().get("name") or torch.cuda.get_device_name(0)
+
+
 def l2_bytes(device: torch.device) -> int:
     """Size of the GPU's last-level cache; where torch does not tell, more than any of today's has."""
     if device.type != "cuda":

@@ -36,16 +36,12 @@ def main(argv: list[str] | None = None) -> int:
         # Triton reads this when it is first imported, here or in a section's process.
         os.environ["TRITON_INTERPRET"] = "1"
     sections = plan.chosen(args.only, dry)
-    out = (
-        args.out
-        or (os.environ.get("OUT") and Path(os.environ["OUT"]))
-        or (None if dry else ROOT / "benchmarks/results")
-    )
+    path = _result_path(args, dry)
     if dry:
         print("No GPU is used: a dry run on tiny shapes, whose numbers mean nothing.", flush=True)
     with tempfile.TemporaryDirectory(prefix="gpu-suite-") as scratch:
         folder = Path(scratch)
-        flush = _writer(out, dry, args.commit)
+        flush = _writer(path, dry, args.commit)
         if args.in_process:
             results = _run_in_process(sections, folder, flush)
         else:
@@ -57,14 +53,12 @@ def main(argv: list[str] | None = None) -> int:
             )  # fmt: skip
             results = schedule.run()
         record = flush(results, force=True)
-        if out is not None:
-            logs = "".join(
-                f"==== {path.name}\n{path.read_text(errors='replace')}\n" for path in sorted(folder.glob("*.log"))
-            )
-            (out / "gpu-suite.log").write_text(logs[-8_000_000:], encoding="utf-8")
+        if path is not None:
+            logs = [f"==== {log.name}\n{log.read_text(errors='replace')}\n" for log in sorted(folder.glob("*.log"))]
+            path.with_suffix(".log").write_text("".join(logs)[-8_000_000:], encoding="utf-8")
     print(summary.text(record))
-    if out is not None:
-        print(f"\nresult: {out / _file_name(record)}")
+    if path is not None:
+        print(f"\nresult: {path}")
     return int(summary.failed(record))
 
 
@@ -134,11 +128,17 @@ def _environment(folder: Path) -> dict[str, str]:
     (entry_points / "entry_points.txt").write_text("[torch_dynamo_backends]\ninnerq = innerq_compile.backend:innerq\n")
     inherited = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([str(entry_points.parent), str(ROOT), *([inherited] if inherited else [])])
-    # Few compile workers a process: many processes compile at once.
-    return {"TORCHINDUCTOR_COMPILE_THREADS": "4", **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    # Few workers and threads a process: many processes compile and check at once.
+    return {
+        "TORCHINDUCTOR_COMPILE_THREADS": "4",
+        "OMP_NUM_THREADS": "2",
+        **os.environ,
+        "PYTHONPATH": path,
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
-def _writer(out: Path | None, dry: bool, commit: str | None) -> Callable[..., dict[str, Any]]:
+def _writer(path: Path | None, dry: bool, commit: str | None) -> Callable[..., dict[str, Any]]:
     """A function that writes the result file, whenever what it is given has changed."""
     from gpu_suite.environment import source
 
@@ -148,10 +148,9 @@ def _writer(out: Path | None, dry: bool, commit: str | None) -> Callable[..., di
     def flush(sections: dict[str, Any], force: bool = False) -> dict[str, Any]:
         record = {**head, "seconds": round(time.time() - began, 1), "sections": sections}
         tables = json.dumps({name: section["tables"] for name, section in sections.items()})
-        if out is not None and (force or tables != last[0]):
+        if path is not None and (force or tables != last[0]):
             last[0] = tables
-            out.mkdir(parents=True, exist_ok=True)
-            path = out / _file_name(record)
+            path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".part")
             part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             part.replace(path)
@@ -160,9 +159,12 @@ def _writer(out: Path | None, dry: bool, commit: str | None) -> Callable[..., di
     return flush
 
 
-def _file_name(record: dict[str, Any]) -> str:
-    if record["dry"]:
-        return "gpu-dry.json"
-    rows = record["sections"].get("environment", {}).get("tables", {}).get("machine", [])
-    name = rows[0].get("gpu", "gpu") if rows else "gpu"
-    return f"gpu-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+def _result_path(args: argparse.Namespace, dry: bool) -> Path | None:
+    """Where the result goes; a dry run writes only where it is told to, and a part never replaces a whole."""
+    from gpu_suite.environment import gpu_name
+
+    folder = args.out or os.environ.get("OUT") or (None if dry else ROOT / "benchmarks" / "results")
+    if folder is None:
+        return None
+    name = "dry" if dry else re.sub(r"[^a-z0-9]+", "-", gpu_name().lower()).strip("-")
+    return Path(folder) / f"{'part' if args.only else 'gpu'}-{name}.json"

@@ -73,6 +73,13 @@ def share_weights(model: PreTrainedModel) -> None:
     _free(first.device)
 
 
+def drop_weights(model: PreTrainedModel) -> None:
+    """Frees them until :func:`own_weights`."""
+    for parameter in model.parameters():
+        parameter.data = parameter.new_empty(0)
+    _free(next(model.parameters()).device)
+
+
 def own_weights(model: PreTrainedModel) -> None:
     """Gives every weight its own memory and random numbers of the size that initialisation would give it."""
     for parameter in model.parameters():

@@ -10,7 +10,7 @@ class Section:
     """One part of the suite: a module of this package with ``run(context)``.
 
     Attributes:
-        seconds: It is stopped after this long.
+        seconds: A process of it is stopped after this long.
         least: What sections before it must leave it of the whole budget.
         parts: Run as one process each, given to the module as ``context.part``; ``("",)`` is a single process.
         together: Runs at the same time as its neighbours that say so: it checks or compiles, and times nothing.
@@ -46,7 +46,12 @@ END_TO_END = (
 """model / cache / batch / contexts, in order of value. A quantized cache takes one capacity for all its contexts (its
 kernels read the length from the device); a StaticCache attends to its whole capacity, so it gets one for each."""
 
-DRY_END_TO_END = ("tiny/static/1/192", "tiny/base/1/192,224")
+DRY_PARTS = {
+    "end_to_end": ("tiny/static/1/192", "tiny/base/1/192,224"),
+    "compile_ahead": ("decode",),
+    "decode": ("gqa",),
+}
+"""What a dry run does instead."""
 
 SECTIONS = (
     Section("environment", "Machine and memory ceiling", 60),
@@ -65,7 +70,7 @@ SECTIONS = (
         parts=("decode", "products", "flex", "append"),
         together=True,
     ),  # fmt: skip
-    Section("decode", "Decode attention of one layer", 150, least=60),
+    Section("decode", "Decode attention of one layer", 90, least=60, parts=("gqa", "mha")),
     Section("products", "The paper's experiment: both products alone", 60, least=25),
     Section("append", "Append and prefill quantization", 30, least=10),
     Section("memory", "Largest batch and context", 20, least=5),
@@ -88,5 +93,5 @@ def chosen(only: list[str] | None, dry: bool) -> list[Section]:
         raise SystemExit(f"no section {', '.join(unknown)}; there are {', '.join(names)}")
     found = [section for section in SECTIONS if not only or section.name in only]
     if dry:
-        found = [dataclasses.replace(s, parts=DRY_END_TO_END if s.held else s.parts) for s in found]
+        found = [dataclasses.replace(s, parts=DRY_PARTS.get(s.name, s.parts)) for s in found]
     return found

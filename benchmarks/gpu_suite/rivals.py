@@ -21,7 +21,7 @@ BACKENDS = {
 
 
 def sdpa_ways(group: int, device: torch.device) -> dict[str, Attend]:
-    """Name -> function of query [B, Hq, 1, D] and keys, values [B, H, N, D] that returns [B, Hq, 1, D].
+    """Name -> function of query [B, Hq, 1, D] and keys, values [B, H, N, D] that returns the numbers of [B, Hq, 1, D].
 
     ``stacked`` hands the ``group`` query heads of a key-value head over as query tokens, which for one new token and no
     mask is the same attention and reads the cache once.
@@ -40,7 +40,7 @@ def sdpa_ways(group: int, device: torch.device) -> dict[str, Attend]:
 def _stacked(backend: SDPBackend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     with sdpa_kernel(backend):
         stacked = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
-        return scaled_dot_product_attention(stacked, key, value).view(query.shape)
+        return scaled_dot_product_attention(stacked, key, value)
 
 
 def _grouped(backend: SDPBackend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

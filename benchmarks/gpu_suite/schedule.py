@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpu_suite.context import BROKEN
 from gpu_suite.jobs import Job, child_argv, read_rows
 from gpu_suite.plan import Section
 
@@ -46,6 +47,9 @@ class Schedule:
             for section in first:
                 self._run_alone(section)
             self._run_together(together, held)
+            self.environment[BROKEN] = ",".join(
+                j.part for j in self.jobs.get("correctness", []) if j.status == "failed"
+            )
             for section in alone:
                 self._run_alone(section)
             for section in held:
@@ -126,4 +130,4 @@ class Schedule:
 
     def _pause(self) -> None:
         self.flush(self.results())
-        time.sleep(0.2)
+        time.sleep(0.05 if self.dry else 0.4)
