@@ -169,11 +169,17 @@ def check(shape: str) -> list[dict[str, object]]:
 
 
 def bench_case(shape: str, context: int, args: argparse.Namespace, read: Read) -> dict[str, list[dict[str, object]]]:
-    """All contenders at one shape and context: rows of milliseconds, bytes and shares; and what the rivals are."""
+    """All contenders at one shape and context: rows of milliseconds, bytes and shares; and what the rivals are.
+
+    Errors, here and of the rivals, are against float64 attention over keys and values that nobody has rounded.
+    """
     q_heads, heads, head_dim = map(int, shape.split("/"))
-    key, value = (torch.randn(1, heads, context, head_dim, dtype=torch.bfloat16) for _ in range(2))
-    query = torch.randn(1, q_heads, 1, head_dim, dtype=torch.bfloat16)
+    inputs = Case(q_heads, heads, head_dim, context, args.threads)
+    query, key, value = (torch.from_numpy(x).bfloat16() for x in inputs.data())
+    groups = args.rivals if context <= args.rivals_up_to else []
+    wanted = torch.from_numpy(inputs.attention()) if groups else None
     sizes: dict[str, int] = {}
+    errors: dict[str, float] = {}
     turns: dict[str, Callable[[], float]] = {}
     for preset in PRESETS:
         config = InnerQConfig.from_preset(preset)
@@ -183,11 +189,12 @@ def bench_case(shape: str, context: int, args: argparse.Namespace, read: Read) -
         def attend(i: int, states: list = states, spec: str = config.spec) -> torch.Tensor:
             return ops.decode_attention(query, *states[i], None, head_dim**-0.5, context + 64, spec)
 
+        if wanted is not None:
+            errors[preset] = float((attend(0) - wanted).norm() / wanted.norm())
         turns[preset] = lambda attend=attend: warm_then_timed(attend)
         turns[f"read {preset}"] = lambda states=states: warm_then_timed(lambda i: read(states[i]))
     cold = torch.ones(args.flush_mib * 2**20, dtype=torch.uint8)
-    groups = args.rivals if context <= args.rivals_up_to else []
-    with started(groups, Case(q_heads, heads, head_dim, context, args.threads)) as (others, found):
+    with started(groups, inputs) as (others, found):
         medians = interleaved(turns | others, args.rounds, lambda: read((cold,)))
     case = {"shape": shape, "context": context}
     rows: list[dict[str, object]] = []
@@ -199,6 +206,8 @@ def bench_case(shape: str, context: int, args: argparse.Namespace, read: Read) -
                 "gb_per_s": sizes[name] / seconds / 1e9,
                 "share_of_read": medians[f"read {name}"] / seconds,
             }
+        if name in errors:
+            row["error"] = errors[name]
         rows.append(row)
     return {"attention": rows, "rivals": [{**case, **row} for row in found]}
 

@@ -7,6 +7,7 @@ whole cache, because update() does both; then comes the fastest SDPA, query head
 from __future__ import annotations
 
 import functools
+import importlib
 
 import numpy as np
 
@@ -15,11 +16,11 @@ from rivals.interface import COPIES, Case, Rival, Step
 
 def prepare(backend: str, case: Case) -> Step:
     """A step over a cache that this backend ("quanto" or "hqq") quantizes."""
+    importlib.import_module({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])  # before what takes seconds
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
     from transformers import LlamaConfig, QuantizedCache
 
-    __import__({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
     torch.set_num_threads(case.threads)
     query, key, value = (torch.from_numpy(x).bfloat16() for x in case.data())  # float32 takes 1.4 times as long
     model = LlamaConfig(num_hidden_layers=1, num_attention_heads=case.q_heads, num_key_value_heads=case.heads)
