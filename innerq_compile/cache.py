@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import json
+import os
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedConfig, StaticCache
@@ -13,6 +16,7 @@ from innerq_compile.folded import mark_of
 from innerq_compile.layer import MIN_CAPACITY, InnerQLayer
 from innerq_compile.layout import unsupported_head_dim
 from innerq_compile.padding import ask, leading_pads, watch_masks
+from innerq_compile.storage import load_layers, read_header, save_layers
 
 
 class InnerQCache(Cache):
@@ -44,6 +48,7 @@ class InnerQCache(Cache):
         if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
             raise ValueError(f"max_cache_len must be a positive integer or None, got {max_cache_len!r}")
         self.config = InnerQConfig.from_preset(preset, **_with_folded_norm(config, overrides))
+        self._model = _facts_of(config)
         self._max_cache_len = max_cache_len
         text_config = config.get_text_config(decoder=True)
         # transformers knows which layer is of which kind; only its plain full-attention layers are replaced.
@@ -101,6 +106,66 @@ class InnerQCache(Cache):
         super().reset()
         self._awaits_first_tokens = True
 
+    def to(self, device: torch.device | str) -> Self:
+        """Moves every buffer to ``device``. Returns the cache itself, like :meth:`torch.nn.Module.to`."""
+        for layer in self.layers:
+            if isinstance(layer, InnerQLayer):
+                layer.to(device)
+            elif getattr(layer, "is_initialized", False):
+                for name, value in vars(layer).items():
+                    if isinstance(value, torch.Tensor):
+                        setattr(layer, name, value.to(device))
+                layer.device = layer.keys.device
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the cache to a safetensors file; of the packed buffers only what is in use.
+
+        Raises:
+            ValueError: A layer of transformers' own that has no fixed buffers.
+        """
+        header = {
+            "settings": dataclasses.asdict(self.config),
+            "model": self._model,
+            "max_cache_len": self.max_cache_len,
+        }
+        save_layers(path, header, self.layers)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: PreTrainedConfig,
+        *,
+        device: torch.device | str = "cpu",
+        max_cache_len: int | None = None,
+    ) -> Self:
+        """Reads what :meth:`save` wrote. Nothing in the file is executed.
+
+        Args:
+            config: The model's configuration. The settings of the cache come from the file.
+            device: Where the buffers go.
+            max_cache_len: Another capacity than that of the saved cache.
+
+        Raises:
+            ValueError: The file is none of ours, damaged, of a model of another shape or with another folded key
+                norm, or holds more tokens than ``max_cache_len``. That the weights are the same nobody can check.
+        """
+        header = read_header(path)
+        settings, model = header.get("settings"), header.get("model")
+        if not isinstance(settings, dict) or not isinstance(model, dict):
+            raise ValueError(f"{path} has a damaged header: settings and model must be objects")
+        facts = _facts_of(config)
+        for name in sorted({*facts, *model}):
+            if facts.get(name) != model.get(name):
+                raise ValueError(
+                    f"{path} was saved for another model: its {name} is {model.get(name)!r}, that of this "
+                    f"configuration {facts.get(name)!r}"
+                )
+        cache = cls(config, max_cache_len=max_cache_len or header.get("max_cache_len"), **settings)
+        load_layers(path, header, cache.layers, device)
+        return cache
+
     def _grow_for(self, num_new: int) -> None:
         quantized = [layer for layer in self.layers if isinstance(layer, InnerQLayer) and layer.state is not None]
         if quantized:
@@ -118,6 +183,15 @@ class InnerQCache(Cache):
             elif getattr(layer, "keys", None) is not None:
                 total += layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
         return total
+
+
+def _facts_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """What two models must have in common to read each other's caches, in JSON types; their weights aside."""
+    text_config = config.get_text_config(decoder=True)
+    names = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
+    mark = mark_of(config)
+    facts = {name: getattr(text_config, name, None) for name in names}
+    return {**facts, "folded key norm": None if mark is None else json.loads(json.dumps(dict(mark)))}
 
 
 def _with_folded_norm(config: PreTrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:

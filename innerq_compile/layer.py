@@ -174,6 +174,13 @@ class InnerQLayer(CacheLayerMixin):
             self.batch_size = len(index)
             _mark_static(self.state)
 
+    def to(self, device: torch.device | str) -> None:
+        """Moves the buffers; what is appended next must come from there."""
+        if self.state is not None:
+            self.state = LayerState(*(buffer.to(device) for buffer in self.state))
+            self.device = self.state.counts.device
+            _mark_static(self.state)
+
     def offload(self) -> None:
         """Moves the buffers to the CPU."""
         if self.state is not None:

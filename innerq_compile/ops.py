@@ -86,7 +86,8 @@ def check_overflow(state: LayerState, num_new: int, capacity: int) -> None:
     if length + num_new > capacity:
         raise RuntimeError(
             f"InnerQ cache is full: it holds {length} tokens, {num_new} more do not fit its capacity of {capacity}; "
-            f"build the cache with a larger max_cache_len"
+            "build the cache with a larger max_cache_len. (A cache without one grows under generate() and in "
+            "uncompiled calls, but not inside a compiled call of the model.)"
         )
 
 
