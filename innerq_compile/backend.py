@@ -17,6 +17,7 @@ from torch import fx
 
 from innerq_compile.passes import run_passes
 from innerq_compile.passes.fold_captured import fold_captured
+from innerq_compile.passes.foreign_caches import foreign_caches
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,10 @@ def innerq(
     if own["key_norm"] == "folded":
         fold_captured(gm, example_inputs)
     if own["fuse"]:
-        report = run_passes(gm, exact=own["exact"])
+        report = run_passes(gm, exact=own["exact"]) + foreign_caches(gm.graph)
         logger.info("%s", report)
+        if report.note:
+            _tell_once(report.note)
     if _needs_cpp_compiler(example_inputs) and not cpp_compiler_works():
         _tell_once_that_nothing_is_compiled()
         return gm.forward
@@ -140,8 +143,12 @@ def cpp_compiler_works() -> bool:
 
 
 @functools.cache
+def _tell_once(text: str) -> None:
+    logger.warning(text)
+
+
 def _tell_once_that_nothing_is_compiled() -> None:
-    logger.warning(
+    _tell_once(
         "innerq_compile found no working C++ compiler (with the Python headers): graphs run uncompiled, right but "
         "slow. Install one, or point the environment variable CXX at it."
     )

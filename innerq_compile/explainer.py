@@ -7,23 +7,31 @@ from typing import Any
 
 import torch
 from torch import fx
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from innerq_compile.cache import InnerQCache
 from innerq_compile.passes import run_passes
+from innerq_compile.passes.foreign_caches import foreign_caches
 from innerq_compile.report import LEFT, Report, SiteReport
 
 PROMPT_TOKENS = 8
 
 
 def explain(
-    model: PreTrainedModel, input_ids: torch.Tensor | None = None, *, preset: str = "base", **overrides: Any
+    model: PreTrainedModel,
+    input_ids: torch.Tensor | None = None,
+    *,
+    past_key_values: Cache | None = None,
+    preset: str = "base",
+    **overrides: Any,
 ) -> Report:
     """Runs a short prefill and one decode step through the passes, without compiling anything.
 
     Args:
         model: Left as it is.
         input_ids: A prompt [B, M]; a few zeros unless told.
+        past_key_values: An empty cache of yours, to see what becomes of it; it is filled. An :class:`InnerQCache` with
+            the settings below unless told.
         preset: Settings of the cache, see :data:`innerq_compile.config.PRESETS`.
         **overrides: Single settings of :class:`~innerq_compile.config.InnerQConfig`.
 
@@ -35,11 +43,14 @@ def explain(
     """
     if input_ids is None:
         input_ids = torch.zeros(1, PROMPT_TOKENS, dtype=torch.long, device=model.device)
-    cache = InnerQCache(model.config, preset=preset, max_cache_len=input_ids.shape[1] + 1, **overrides)
+    ours = InnerQCache(model.config, preset=preset, max_cache_len=input_ids.shape[1] + 1, **overrides)
+    cache = ours if past_key_values is None else past_key_values
     reports: list[Report] = []
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         reports.append(run_passes(gm))
+        if not isinstance(cache, InnerQCache):
+            reports.append(foreign_caches(gm.graph))
         return gm.forward
 
     # generate() says where tokens stand, and some models break their graph to find out themselves.
@@ -48,8 +59,10 @@ def explain(
     with torch.no_grad():
         model.forward(input_ids, past_key_values=cache)
         torch.compile(model.forward, backend=record)(input_ids[:, -1:], past_key_values=cache, **positions)
-    report = sum(reports, Report()) + Report(_unquantized(model, cache))
-    return report if report.found else report + Report(note=_advice(model, cache))
+    report = sum(reports, Report())
+    if isinstance(cache, InnerQCache):
+        report += Report(_unquantized(model, cache))
+    return report if report.found or report.note else report + Report(note=_advice(model, cache))
 
 
 def _unquantized(model: PreTrainedModel, cache: InnerQCache) -> tuple[SiteReport, ...]:
@@ -63,8 +76,8 @@ def _unquantized(model: PreTrainedModel, cache: InnerQCache) -> tuple[SiteReport
     )
 
 
-def _advice(model: PreTrainedModel, cache: InnerQCache) -> str:
-    if cache.unquantized:
+def _advice(model: PreTrainedModel, cache: Cache) -> str:
+    if isinstance(cache, InnerQCache) and cache.unquantized:
         return "No layer of this model can be quantized; the reasons are above."
     return (
         f"{type(model).__name__} never read its cache as scaled_dot_product_attention does (attn_implementation="

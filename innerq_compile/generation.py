@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig, DynamicCache, PreTrainedModel
 
 from innerq_compile.backend import mode_options
 from innerq_compile.cache import InnerQCache
@@ -128,7 +128,13 @@ def _prepare_cache(
     )
     if choose:
         model_kwargs["past_key_values"] = make_cache(max_cache_len=_capacity(max_cache_length, max_cache_len))
-    return prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs)
+    prepared = prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs)
+    cache, compile_config = model_kwargs.get("past_key_values"), generation_config.compile_config
+    in_vain = cache is None or not cache.is_compileable or type(cache) is DynamicCache
+    if in_vain and compile_config is not None and compile_config.backend == "innerq":
+        # generate() compiles no decode step for these and would warn about a compile_config that enable() has set.
+        generation_config.compile_config = None
+    return prepared
 
 
 def _capacity(needed: int, max_cache_len: int | None) -> int:

@@ -61,7 +61,7 @@ class Report:
 
     def __add__(self, other: Report) -> Report:
         """Both reports' sites, in order."""
-        return Report(self.sites + other.sites, "\n".join(filter(None, (self.note, other.note))))
+        return Report(self.sites + other.sites, "\n".join(dict.fromkeys(filter(None, (self.note, other.note)))))
 
     def __str__(self) -> str:
         """A table of the sites below one line of counts."""

@@ -120,7 +120,7 @@ def test_rows_are_selected_and_repeated_bit_for_bit(tiny_model, preset):
     cache = InnerQCache(tiny_model.config, preset=preset, max_cache_len=512, recent=16)
     generate(tiny_model, repetitive_prompt(), cache, num_beams=4, max_new_tokens=70, **GREEDY)
     before = [buffer.clone() for buffer in cache.layers[1].state]
-    assert before[-1][0, QUANTIZED] == 192
+    assert cache.layers[1].state.counts[0, QUANTIZED] == 192
     cache.batch_select_indices(torch.tensor([2, 0]))
     cache.batch_repeat_interleave(2)
     assert cache.batch_size == 4
