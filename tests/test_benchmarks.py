@@ -1,6 +1,7 @@
 """The benchmarks run, and what stands in the README comes out of their result files."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,3 +36,15 @@ def test_decode_attention_measures_rivals_or_says_what_is_missing(tmp_path):
             assert row["missing"] == "not installed"
         else:
             assert row["error"] < 1
+
+
+def test_tables_in_the_readmes_are_those_of_the_result_files():
+    show = "import json, render; pages = [page.read_text('utf-8') for page in render.PAGES]; "
+    show += "print(json.dumps([[page, render.render(page)] for page in pages]))"
+    done = subprocess.run([sys.executable, "-c", show], cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = []
+    for written, rendered in json.loads(done.stdout):
+        assert written == rendered, "make tables"
+        names += re.findall(r"^<!-- ([a-z-]+):", written, re.MULTILINE)
+    assert sorted(names) == ["decode-attention", "errors", "generate", "rivals"]
