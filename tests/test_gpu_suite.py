@@ -38,7 +38,7 @@ def test_a_dry_run_ends_with_every_section_done(dry_record, suite):
     assert list(sections) == [section.name for section in suite("plan").SECTIONS]
     assert {name: s["status"] for name, s in sections.items()} == dict.fromkeys(sections, "ok")
     checks = sections["correctness"]["tables"]["checks"]
-    assert {row["op"] for row in checks} == {"append_kv", "dequantize_kv", "decode"} and all(
+    assert {row["op"] for row in checks} == {"append_kv", "dequantize_kv", "decode_attention"} and all(
         row["ok"] for row in checks
     )
     broken = {name: s["tables"].get(table) for name, s in sections.items() for table in ("failed", "wrong", "late")}

@@ -15,6 +15,7 @@ import torch
 
 from gpu_suite.context import Context
 from gpu_suite.memory_read import measure_ceiling
+from innerq_compile.kernels import triton as triton_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "transformers", "flashinfer-python", "flash-attn-3")
@@ -39,6 +40,7 @@ def machine(device: torch.device) -> dict[str, Any]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
+    found["kernels"], found["kernels_unavailable"] = list(triton_kernels.OPS), triton_kernels.unavailable()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {
