@@ -137,11 +137,19 @@ def generate() -> str:
     return f"{table(rows, headers)}\n\n{conditions(result)}"
 
 
+def gpu() -> str:
+    """Everything that make gpu measured, or the sentence that nothing was."""
+    from gpu_suite import render as gpu_suite
+
+    return gpu_suite.markdown(RESULTS)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "decode-attention": decode_attention,
     "generate": generate,
     "rivals": rivals,
     "errors": errors,
+    "gpu": gpu,
 }
 
 

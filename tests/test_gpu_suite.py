@@ -67,10 +67,6 @@ def test_a_dry_result_is_not_rendered_and_a_measured_one_is(dry_record, suite, t
         assert text in shown
 
 
-def test_the_readme_shows_the_committed_results_or_says_that_there_are_none(suite):
-    assert suite("render").markdown() in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
 def run_job(suite, tmp_path, code, seconds=20.0):
     job = suite("jobs").Job("some", "part/1", tmp_path, seconds)
     job.start([sys.executable, "-c", code, str(job.rows), str(job.gate)], dict(os.environ))

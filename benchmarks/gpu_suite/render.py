@@ -9,11 +9,10 @@ from typing import Any
 from tabulate import tabulate
 
 NOT_MEASURED = "Not yet measured on a GPU."
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 OURS = ("base", "small", "int4", "int8", "hybrid")
 
 
-def markdown(results: Path = RESULTS) -> str:
+def markdown(results: Path) -> str:
     """The tables of every committed result file, with GPU, versions and commit; without one, a sentence says so."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("gpu-*.json"))]
     parts = [f"{provenance(record)}\n\n{tables(record)}" for record in records if not record.get("dry", True)]
@@ -168,4 +167,4 @@ def _table(lines: Any, headers: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown())
+    print(markdown(Path(__file__).resolve().parents[1] / "results"))
