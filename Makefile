@@ -17,7 +17,7 @@ STAMP := $(VENV)/.innerq-installed
 TEST_PROCESSES ?= 2
 TEST_THREADS ?= 1
 
-.PHONY: help venv demo test sanitize rivals gpu check format wheel clean
+.PHONY: help venv demo test sanitize matrix rivals gpu tables check format wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -61,6 +61,9 @@ gpu: ## check and measure everything on a GPU, in less than nine minutes (withou
 tables: $(STAMP) ## write the measured tables and the plot into the READMEs from benchmarks/results
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt matplotlib
 	$(BIN)/python benchmarks/render.py
+
+matrix: $(STAMP) ## run a tiny model of every family, compiled and not, and renew the README's table
+	$(BIN)/python -P benchmarks/support_matrix.py --write
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .

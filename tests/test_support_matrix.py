@@ -1,0 +1,78 @@
+"""The table of supported models: what the README shows is what was measured, and what was measured still holds."""
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from innerq_compile import InnerQCache
+from innerq_compile.passes import run_passes
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_program():
+    """``benchmarks/support_matrix.py`` as a module."""
+    spec = importlib.util.spec_from_file_location("support_matrix", ROOT / "benchmarks" / "support_matrix.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+matrix = load_program()
+ROWS = {row.model: row for row in matrix.load()}
+
+
+def test_every_family_is_there_and_computes_the_same():
+    assert list(ROWS) == list(matrix.MODELS)
+    for row in ROWS.values():
+        assert row.same_tokens and row.within_budget, row.model
+
+
+def test_what_is_not_rewritten_has_a_reason():
+    for row in ROWS.values():
+        assert sum(row.kept.values()) == row.layers - row.quantized and all(row.kept)
+        for sites in row.sites.values():
+            assert sites.found == row.quantized
+            assert sites.rewritten + sites.refused == sites.found and bool(sites.refused) == bool(sites.reasons)
+
+
+def test_readme_shows_the_result():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = text.partition(matrix.BEGIN)[2].partition(matrix.END)[0]
+    assert shown.strip() == matrix.table(ROWS.values()).strip()
+
+
+# One of each kind: a hybrid of windows, soft-capping, sinks, latent attention, each dialect of eager attention.
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma 3", "Gemma 2", "GPT-2", "Falcon", "gpt-oss", "DeepSeek-V3"])
+def test_survey_still_finds_what_was_measured(name):
+    measured = dataclasses.replace(ROWS[name], same_tokens=None, logits_error=None, logits_budget=None)
+    assert matrix.survey(name) == measured
+
+
+@pytest.mark.parametrize("name", ["Gemma 3", "OPT"])
+def test_rewritten_graph_generates_the_same_tokens(name, monkeypatch):
+    monkeypatch.setattr(matrix, "NEW_TOKENS", 40)
+    model = matrix.make_model(matrix.make_config(name))
+    expected = matrix.generate(model)
+    rewritten = []
+
+    def backend(gm, example_inputs):
+        rewritten.append(run_passes(gm, exact=True).rewritten)
+        return gm.forward
+
+    torch._dynamo.reset()
+    model.compile(backend=backend)
+    assert torch.equal(matrix.generate(model), expected)
+    assert sum(rewritten) == ROWS[name].quantized
+
+
+def test_hybrid_keeps_16_bits_only_where_windows_slide():
+    config = matrix.make_config("Gemma 3")
+    cache = InnerQCache(config, max_cache_len=matrix.CAPACITY)
+    sliding = {index for index, kind in enumerate(config.layer_types) if kind == "sliding_attention"}
+    assert set(cache.unquantized) == sliding and len(sliding) < len(cache.layers)
