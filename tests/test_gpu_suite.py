@@ -59,6 +59,8 @@ def test_a_dry_result_is_not_rendered_and_a_measured_one_is(dry_record, suite, t
     for text in (
         "Decode attention",
         "products QK^T",
+        "on tensor cores",
+        "over KIVI",
         "Append and prefill",
         "Whole models",
         "Largest batch",

@@ -9,7 +9,9 @@ from typing import Any
 from tabulate import tabulate
 
 NOT_MEASURED = "Not yet measured on a GPU."
-OURS = ("base", "small", "int4", "int8", "hybrid")
+PRESETS = ("base", "small", "int4", "int8")
+FLEX, FP16, KIVI = "FlexAttention", "fp16", "KIVI 2/2"
+INNERQ = ("InnerQ base", "InnerQ small", "InnerQ hybrid 1%", "InnerQ hybrid 50%")
 
 
 def markdown(results: Path) -> str:
@@ -36,7 +38,7 @@ def provenance(record: dict[str, Any]) -> str:
 
 def tables(record: dict[str, Any]) -> str:
     """Every table that has rows, each under a line that says what it is."""
-    found = [make(record) for make in (attention, goals, products, append, end_to_end, memory)]
+    found = [make(record) for make in (attention, flex, goals, products, append, end_to_end, memory)]
     return "\n\n".join(table for table in found if table)
 
 
@@ -55,13 +57,13 @@ def attention(record: dict[str, Any]) -> str:
         some = next(iter(ways.values()))
         best = ways.get(some.get("best_bf16"))
         line = [*case, f"{best['us']:.1f} ({some['best_bf16']})" if best else "does not fit"]
-        for preset in ("base", "small", "int4", "int8"):
+        for preset in PRESETS:
             row = ways.get(preset)
             line.append(_cell(row) if row else "-")
         lines.append(line)
     if not lines:
         return ""
-    headers = ("Hq/Hkv/D", "batch", "context", "best bf16", "base", "small", "int4", "int8")
+    headers = ("Hq/Hkv/D", "batch", "context", "best bf16", *PRESETS)
     note = f"\n\nNot measured: {', '.join(skipped)}." if skipped else ""
     title = (
         "Decode attention of one layer, cold L2, CUDA graph, medians: microseconds (times faster than the best bf16 "
@@ -80,26 +82,73 @@ def goals(record: dict[str, Any]) -> str:
     return f"Goals, set for one H100:\n\n{_table(sorted(lines), ('preset', 'goal', 'cases', ''))}" if lines else ""
 
 
+def flex(record: dict[str, Any]) -> str:
+    """FlexAttention beside the best of the other 16-bit ways, where it was compiled."""
+    cases: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in _rows(record, "decode", "flex"):
+        case = (f"{row['q_heads']}/{row['heads']}/{row['head_dim']}", row["batch"], row["context"])
+        cases.setdefault(case, {})[row["way"]] = row["us"]
+    lines = []
+    for case, times in sorted(cases.items()):
+        others = [f"{us:.1f} ({way})" for way, us in times.items() if way != FLEX]
+        lines.append((*case, f"{times[FLEX]:.1f}" if FLEX in times else "-", *(others or ["-"])))
+    headers = ("Hq/Hkv/D", "batch", "context", FLEX, "best of the others")
+    return f"FlexAttention, compiled, microseconds:\n\n{_table(lines, headers)}" if lines else ""
+
+
 def products(record: dict[str, Any]) -> str:
-    """The paper's experiment."""
+    """The paper's experiment: a table, the average ratios that the paper states, and tensor cores alone."""
     rows = [row for row in _rows(record, "products", "products") if "us" in row]
     layouts = list(dict.fromkeys(row["layout"] for row in rows))
     lines = []
-    for setting in sorted({(row["heads"], row["queries"], row["tokens"]) for row in rows}):
-        line: list[Any] = list(setting)
-        for layout in layouts:
-            times = [
-                min((r["us"] for r in rows if (r["heads"], r["queries"], r["tokens"], r["layout"], r["product"])
-                     == (*setting, layout, product)), default=None)
-                for product in ("qk", "av")
-            ]  # fmt: skip
-            line.append("-" if None in times else f"{times[0]:.1f} + {times[1]:.1f} = {sum(times):.1f}")
-        lines.append(line)
+    ratios: dict[tuple[int, int], dict[str, list[tuple[float, float]]]] = {}
+    for heads, queries, tokens in sorted({(row["heads"], row["queries"], row["tokens"]) for row in rows}):
+        here = [row for row in rows if (row["heads"], row["queries"], row["tokens"]) == (heads, queries, tokens)]
+        pairs = {layout: (_best(here, layout, "qk"), _best(here, layout, "av")) for layout in layouts}
+        cells = [f"{qk:.1f} + {av:.1f} = {qk + av:.1f}" if qk and av else "-" for qk, av in pairs.values()]
+        lines.append([heads, queries, tokens, *cells])
+        totals = {layout: qk + av for layout, (qk, av) in pairs.items() if qk and av}
+        for layout in totals.keys() & set(INNERQ) if {FP16, KIVI} <= totals.keys() else ():
+            ratio = (totals[FP16] / totals[layout], totals[KIVI] / totals[layout])
+            ratios.setdefault((heads, queries), {}).setdefault(layout, []).append(ratio)
     if not lines:
         return ""
     title = "The products QK^T + AV alone, microseconds (best kernel of each layout)"
     headers = ("KV heads", "queries a head", "tokens", *layouts)
-    return f"{title}:\n\n{_table(lines, headers)}"
+    parts = [f"{title}:\n\n{_table(lines, headers)}"]
+    for (heads, queries), found in ratios.items():
+        means = [
+            f"{layout} {sum(r[0] for r in found[layout]) / len(found[layout]):.2f}x over {FP16} and "
+            f"{sum(r[1] for r in found[layout]) / len(found[layout]):.2f}x over KIVI"
+            for layout in INNERQ
+            if layout in found
+        ]
+        paper = " (the paper: 2.7x and 1.3x on a Jetson)" if queries == 1 else ""
+        parts.append(f"Mean over the lengths, {heads} heads with {queries} queries each{paper}: {'; '.join(means)}.")
+    return "\n\n".join([*parts, *filter(None, [tensor_cores(rows)])])
+
+
+def tensor_cores(rows: list[dict[str, Any]]) -> str:
+    """Whether groups along the inner axis win where a matrix unit multiplies: the same 2-bit values, both groupings."""
+    lines = []
+    for heads, queries, tokens in sorted({(row["heads"], row["queries"], row["tokens"]) for row in rows}):
+        here = [row for row in rows if (row["heads"], row["queries"], row["tokens"]) == (heads, queries, tokens)]
+        for kind in ("mma int8", "mma fp16"):
+            inner, outer = (_best(here, layout, "av", kind) for layout in ("InnerQ small", KIVI))
+            if inner and outer:
+                lines.append((heads, queries, tokens, kind, f"{inner:.1f}", f"{outer:.1f}", f"{outer / inner:.2f}x"))
+    headers = ("KV heads", "queries a head", "tokens", "kernel", "inner groups", "outer groups", "inner is faster by")
+    return f"AV at 2 bits on tensor cores alone, microseconds:\n\n{_table(lines, headers)}" if lines else ""
+
+
+def _best(rows: list[dict[str, Any]], layout: str, product: str, method: str = "") -> float | None:
+    """The shortest time of a layout's product among kernels whose name starts with ``method``."""
+    times = [
+        row["us"]
+        for row in rows
+        if row["layout"] == layout and row["product"] == product and row["method"].startswith(method)
+    ]
+    return min(times, default=None)
 
 
 def append(record: dict[str, Any]) -> str:
