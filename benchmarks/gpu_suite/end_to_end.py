@@ -161,13 +161,17 @@ def _compile(context: Context, model: PreTrainedModel, step: Callable[..., Any],
             time.sleep(0.5)
         if torch.cuda.mem_get_info()[0] < 1.2 * needed + 4e9:
             return "its turn"
-    cache = new_cache(model, unit)
-    hold(cache, unit.contexts[0])
-    _steps(step, cache, unit, unit.contexts[0], 1, context.device, context.dry)
-    del cache
+    when = "ahead"
+    try:
+        cache = new_cache(model, unit)
+        hold(cache, unit.contexts[0])
+        _steps(step, cache, unit, unit.contexts[0], 1, context.device, context.dry)
+    except torch.cuda.OutOfMemoryError:
+        when = "its turn"
+    cache = None
     gc.collect()
     models.drop_weights(model)
-    return "ahead"
+    return when
 
 
 def _seconds_per_step(

@@ -98,8 +98,8 @@ class Schedule:
         running = [job for section in together for job in self.jobs[section.name]]
         waiting = [(section, job) for section in held for job in self.jobs[section.name]]
         started: list[Job] = []
-        # Without checks to wait beside, preparing whole models still gets its time.
-        limit = time.monotonic() + max([s.seconds for s in (*together, *held)], default=0.0)
+        # Without checks beside it, preparing whole models may take most of the time.
+        limit = time.monotonic() + max([s.seconds for s in together], default=0.6 * (self.end - time.monotonic()))
         while True:
             preparing = [job for job in started if job.poll() and not job.is_ready()]
             if waiting and len(preparing) < HELD_AT_ONCE and time.monotonic() < limit:

@@ -1,7 +1,8 @@
-"""The end of the suite's output: what ran, what failed, and the tables, short enough to read in a terminal."""
+"""The end of the suite's output: the tables, what failed, and last what ran, short enough to read in a terminal."""
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from tabulate import tabulate
@@ -10,22 +11,21 @@ from gpu_suite import render
 
 
 def text(record: dict[str, Any]) -> str:
-    """Status of every section, wrong or failed rows, then the tables that the README would show."""
+    """The tables that the README would show, then what was wrong or broke, then the status of every section."""
+    parts = [render.tables(record)]
+    for row in record["sections"].get("gpu_tests", {}).get("tables", {}).get("pytest", []):
+        parts.append(f"pytest, {row['part']}: {row['counts'] or row['status']}")
+    parts += [f"WRONG {line}" for line in wrong(record)]
     lines = []
     for name, section in record["sections"].items():
-        states = ", ".join(
-            f"{process.get('part', '')} {process['status']} {process['seconds']:.0f} s".strip()
-            for process in section["processes"]
-        )
-        lines.append((name, section["status"], states if len(states) < 200 else states[:200] + " ..."))
-    parts = [tabulate(lines, headers=("section", "status", "processes"))]
-    parts += [f"WRONG {line}" for line in wrong(record)]
-    for name, section in record["sections"].items():
+        states = []
         for process in section["processes"]:
+            states.append(f"{process.get('part', '')} {process['status']} {process['seconds']:.0f} s".strip())
             if process.get("error"):
                 last = process["error"].strip().splitlines()[-1:] or [""]
                 parts.append(f"{process['status'].upper()} {name} {process.get('part', '')}: {last[0][:300]}")
-    parts.append(render.tables(record))
+        lines.append((name, section["status"], textwrap.fill(", ".join(states), 90)))
+    parts.append(tabulate(lines, headers=("section", "status", "processes")))
     parts.append(f"{record['seconds']:.0f} s")
     return "\n\n".join(parts)
 
