@@ -1,32 +1,39 @@
-"""Decode tokens per second of a whole model, InnerQ against StaticCache + Inductor, at several context lengths.
+"""Decode tokens per second of a whole model, InnerQ against StaticCache + Inductor and llama.cpp, at several contexts.
 
 The model has the shape of Llama-3.2-1B and random weights (``--model DIR`` takes a real one). Its cache is filled with
 random keys and values instead of a prefill, which costs hours at 32k tokens on a CPU and does not change a decode step.
-All contenders are compiled in one process and take turns, step by step; the table shows medians.
+All contenders are compiled in one process and take turns, step by step; the table shows medians. llama.cpp takes part
+where gguf and llama-cpp-python are installed (rivals.txt), with the same weights.
+
+Before a long context is timed, the program prints what Amdahl's law leads it to expect: the time of a step at a context
+too short for attention to matter, plus, per layer, the attention that bench_decode_attention.py measured alone.
 
 Correctness first: on a short context, before anything is quantized, every contender must choose the token that the
-uncompiled model chooses.
+uncompiled model chooses; llama.cpp with its 16-bit cache.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import render
 import torch
 import typer
-from tabulate import tabulate
+from llama_cpp_model import LlamaCpp, write_gguf
+from record import machine
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from innerq_compile import InnerQCache
-from innerq_compile.cli import environment
 
 LLAMA_1B = {
     "hidden_size": 2048,
@@ -47,13 +54,15 @@ Step = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Result:
-    """Median seconds of a decode step of one contender at one context length."""
+    """Median seconds of a decode step of one contender at one context length, and what Amdahl's law expected."""
 
     contender: str
     context: int
     step_seconds: float
     attention_share: float
     speedup: float
+    expected_seconds: float | None
+    expected_speedup: float | None
 
 
 def main(
@@ -71,30 +80,56 @@ def main(
 ) -> None:
     """Time decode steps of whole models."""
     model = _load(model_dir, layers, getattr(torch, dtype))
-    _check_tokens(model, presets)
-    results: list[Result] = []
-    baseline: dict[str, float] = {}
-    for context in tqdm([SHORT, *contexts], desc="contexts"):
-        seconds = _time_steps(model, context, presets, steps)
-        if context == SHORT:
-            baseline = seconds
-            continue
-        static = seconds[STATIC]
-        results += [
-            Result(name, context, t, max(0.0, 1 - baseline[name] / t), static / t) for name, t in seconds.items()
-        ]
-    rows = [
-        (r.context, r.contender, f"{1 / r.step_seconds:.2f}", f"{100 * r.attention_share:.0f} %", f"{r.speedup:.2f}x")
-        for r in results
-    ]
-    headers = ("context", "cache", "tokens/s", "attention", "vs StaticCache")
-    print(tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True))
+    with tempfile.TemporaryDirectory() as folder:
+        gguf = _write_gguf(model, Path(folder))
+        _check_tokens(model, presets, gguf)
+        baseline = _time_steps(model, SHORT, presets, steps, gguf)
+        results: list[Result] = []
+        for context in tqdm(contexts, desc="contexts"):
+            expected = _expected(model, baseline, context)
+            print(f"{context} tokens, expected ms:", {name: round(1e3 * s, 1) for name, s in expected.items()})
+            seconds = _time_steps(model, context, presets, steps, gguf)
+            for name, taken in seconds.items():
+                guess, static = expected.get(name), expected.get(STATIC)
+                ratio = static / guess if guess and static else None
+                share = max(0.0, 1 - baseline[name] / taken)
+                results.append(Result(name, context, taken, share, seconds[STATIC] / taken, guess, ratio))
+    record = {"machine": machine(), "dtype": dtype, "steps": steps, "results": [asdict(r) for r in results]}
+    print(render.generate_table(record))
     if out:
-        record = {"machine": environment(), "dtype": dtype, "steps": steps, "results": [asdict(r) for r in results]}
         out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 STATIC = "StaticCache + Inductor"
+LLAMA_CPP = {
+    "llama.cpp f16, no flash attention": ("f16", False),
+    "llama.cpp q8_0": ("q8_0", True),
+    "llama.cpp q4_0": ("q4_0", True),
+}
+"""Contender -> type of its cache and whether flash attention is on: in 16 bit it is faster without."""
+
+
+def _write_gguf(model: PreTrainedModel, folder: Path) -> Path | None:
+    missing = [name for name in ("gguf", "llama_cpp") if not importlib.util.find_spec(name)]
+    if missing:
+        print(f"without llama.cpp: {' and '.join(missing)} not installed")
+        return None
+    path = folder / "model.gguf"
+    write_gguf(model, path)
+    return path
+
+
+def _expected(model: PreTrainedModel, baseline: dict[str, float], context: int) -> dict[str, float]:
+    """Seconds of a step by Amdahl's law, of those contenders whose attention was measured at this shape and context."""
+    config = model.config
+    shape = f"{config.num_attention_heads}/{config.num_key_value_heads}/{config.head_dim}"
+    alone = render.times(render.load(render.DECODE)).get((shape, context), {})
+    alone = {**alone, **({STATIC: alone[render.AS_CALLED]} if render.AS_CALLED in alone else {})}
+    return {
+        name: seconds + config.num_hidden_layers * alone[name] / 1e3
+        for name, seconds in baseline.items()
+        if name in alone
+    }
 
 
 def _load(model_dir: str | None, layers: int, dtype: torch.dtype) -> PreTrainedModel:
@@ -116,21 +151,41 @@ def _contenders(model: PreTrainedModel, capacity: int, presets: list[str]) -> di
 
 
 @torch.no_grad()
-def _time_steps(model: PreTrainedModel, context: int, presets: list[str], steps: int) -> dict[str, float]:
+def _time_steps(
+    model: PreTrainedModel, context: int, presets: list[str], steps: int, gguf: Path | None
+) -> dict[str, float]:
     torch._dynamo.reset()
     capacity = context + steps + WARM_UP
-    contenders = _contenders(model, capacity, presets)
-    for _, cache in contenders.values():
-        _fill(model, cache, context)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     token = torch.ones(1, 1, dtype=torch.long)
+    turns: dict[str, Callable[[int], object]] = {}
+    for name, (step, cache) in _contenders(model, capacity, presets).items():
+        _fill(model, cache, context)
+
+        def turn(position: int, step: Step = step, cache: Cache = cache) -> object:
+            return step(**_inputs(token, position, capacity), past_key_values=cache, use_cache=True)
+
+        turns[name] = turn
+    others = _llama_cpp(gguf, capacity)
+    for name, other in others.items():
+        other.fill(context)
+        turns[name] = lambda position, other=other: other.step([1], position)
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(WARM_UP + steps):
-        for name, (step, cache) in contenders.items():
-            inputs = _inputs(token, context + number, capacity)
+        for name, turn in turns.items():
+            time.sleep(0.02)  # threads of the last contender that spin after their work fall asleep
             begin = time.perf_counter()
-            step(**inputs, past_key_values=cache, use_cache=True)
+            turn(context + number)
             seconds[name].append(time.perf_counter() - begin)
+    for other in others.values():
+        other.close()
     return {name: statistics.median(times[WARM_UP:]) for name, times in seconds.items()}
+
+
+def _llama_cpp(gguf: Path | None, capacity: int) -> dict[str, LlamaCpp]:
+    if gguf is None:
+        return {}
+    threads = torch.get_num_threads()
+    return {name: LlamaCpp(gguf, capacity, kind, flash, threads) for name, (kind, flash) in LLAMA_CPP.items()}
 
 
 WARM_UP = 3
@@ -153,19 +208,28 @@ def _fill(model: PreTrainedModel, cache: Cache, context: int) -> None:
 
 
 @torch.no_grad()
-def _check_tokens(model: PreTrainedModel, presets: list[str]) -> None:
+def _check_tokens(model: PreTrainedModel, presets: list[str], gguf: Path | None) -> None:
     ids = torch.randint(0, model.config.vocab_size, (1, 24), generator=torch.Generator().manual_seed(0))
     full = DynamicCache(config=model.config)
     model(ids[:, :-1], past_key_values=full)
     expected = model(ids[:, -1:], past_key_values=full).logits.flatten().float()
     # Compiled and uncompiled 16-bit arithmetic round differently, so near ties may fall either way.
     tie = 4 * torch.finfo(model.dtype).eps * float(expected.max())
+    chosen = {}
     for name, (step, cache) in _contenders(model, 64, presets).items():
         for index, layer in enumerate(full.layers):
             cache.update(layer.keys[:, :, :-1], layer.values[:, :, :-1], index)
-        got = int(step(**_inputs(ids[:, -1:], 23, 64), past_key_values=cache, use_cache=True).logits.argmax())
-        if expected[got] < expected.max() - tie:
-            raise SystemExit(f"{name} chose token {got}, the uncompiled model {int(expected.argmax())}")
+        logits = step(**_inputs(ids[:, -1:], 23, 64), past_key_values=cache, use_cache=True).logits
+        chosen[name] = int(logits.argmax())
+    for name, other in _llama_cpp(gguf, 64).items():
+        other.step(ids[0, :-1].tolist(), 0)
+        token = other.step(ids[0, -1:].tolist(), 23)
+        if LLAMA_CPP[name][0] == "f16":  # the others have rounded even these few keys and values
+            chosen[name] = token
+        other.close()
+    for name, token in chosen.items():
+        if expected[token] < expected.max() - tie:
+            raise SystemExit(f"{name} chose token {token}, the uncompiled model {int(expected.argmax())}")
 
 
 if __name__ == "__main__":
