@@ -1,11 +1,20 @@
-"""Which key norm is best: 3-bit KL of the reference model, and of copies with outlier key channels, for every factor.
+"""Which key norm and which center are best: KL of the reference model, and of copies with outlier key channels.
 
 A prompt is read in full precision and handed to a cache; then a chunk of the following tokens attends to the quantized
-past and to itself. KL is that of the chunk's next-token distributions against the full-precision cache, in nats.
-Calibration and measurement use different parts of the held-out text.
+past and to itself. KL is that of the chunk's next-token distributions against the full-precision cache, as mean and
+standard error over prompts (over copies for the copies). Values are kept at 8 bits, so that only the error of the keys
+shows. Calibration and measurement use different parts of the held-out text.
 
-    python benchmarks/bench_key_norm.py                       # both studies, about ten minutes
-    python benchmarks/bench_key_norm.py --prompts 2 --seeds 1 # a quick look
+Four questions, four parts of the result:
+  as trained      every norm and center, prompts handed over at once
+  outliers        the same on copies with outlier key channels (scales and seeds: STRESS), same function
+  short starts    norm and center fixed from the first tokens of the prompt, the rest appended: a context that grows
+  kernels         the CPU kernels, with queries rounded to integers and without (``exact``); the chunk is read 32
+                  tokens at a time, so that as many tokens are quantized as in ``generate()``
+
+    python benchmarks/bench_key_norm.py                                # everything, a quarter of an hour when idle
+    python benchmarks/bench_key_norm.py --prompts 2 --parts kernels    # a quick look at one part
+    python benchmarks/bench_key_norm.py --readme                       # only the README's table, from the stored result
 """
 
 from __future__ import annotations
@@ -16,109 +25,122 @@ import copy
 import json
 import math
 import unittest.mock
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from innerq_compile import InnerQCache, fold, fold_key_norm
+from innerq_compile import InnerQCache, fold, fold_key_norm, ops, reference
+from innerq_compile.backend import register_kernels
 from innerq_compile.config import InnerQConfig
-from innerq_compile.demo.evaluate import Decoded, Prefill, agreement, kl_divergence, prefill
-from innerq_compile.layer import InnerQLayer
+from innerq_compile.demo.evaluate import Prefill, prefill
 from innerq_compile.quant import KEY_NORM_EPS
 
 CALIBRATION_TOKENS = 4096
 OUTLIER_SHARE = 1 / 8
 """Of the RoPE pairs of each KV head that a stress model scales up."""
 
+PARTS = ("as trained", "outliers", "short starts", "kernels")
+
+STRESS = ((0, 4.0, 64.0), (1, 4.0, 64.0), (2, 4.0, 16.0), (3, 16.0, 64.0))
+"""Seed, smallest and largest scale of the outlier channels of each copy."""
+
+PLAIN = {"key_norm": "off", "key_norm_exponent": 0.5, "rope_pairs": "off", "key_center": "off"}
+PAPER = {**PLAIN, "key_norm": "runtime"}
+OURS = {"key_norm": "runtime", "key_norm_exponent": 1.0, "rope_pairs": "half", "key_center": "runtime"}
+CENTRED = {**PLAIN, "key_center": "runtime"}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A rule for norm and center that no setting offers; everything else is the cache's own.
+
+    The norm is a statistic of ``|k|``, or of ``|k - c|``, shared by RoPE partners and raised to ``exponent``.
+    """
+
+    exponent: float = 1.0
+    statistic: str = "max"
+    center: str = "off"
+    of_centred: bool = False
+    off_below: float = 0.0
+
+    def __call__(
+        self, keys: torch.Tensor, valid: torch.Tensor, config: InnerQConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stands in for :func:`innerq_compile.quant.key_center_and_norm`; keys are finite here."""
+        counted = valid[:, None, :, None]
+        number = counted.sum(2)
+        low = torch.where(counted, keys, math.inf).amin(2)
+        high = torch.where(counted, keys, -math.inf).amax(2)
+        mean = torch.where(counted, keys, 0.0).sum(2) / number
+        center = {"off": torch.zeros_like(low), "midrange": (low + high) / 2, "mean": mean}[self.center]
+        magnitude = torch.where(counted, (keys - center.unsqueeze(2) * self.of_centred).abs(), 0.0)
+        norm = magnitude.amax(2) if self.statistic == "max" else (magnitude.square().sum(2) / number).sqrt()
+        norm = torch.maximum(norm, norm.roll(norm.shape[-1] // 2, -1))
+        balanced = norm.amax(-1, keepdim=True) < self.off_below * norm.median(-1, keepdim=True).values
+        norm = torch.where(balanced, 1.0, norm**self.exponent).clamp(min=KEY_NORM_EPS)
+        return center, norm
+
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to normalize keys: where, with which factor, and whether around the mean of each channel."""
+    """A way to normalize keys: settings of the cache, a rule of its own, a factor folded into the weights."""
 
     name: str
-    key_norm: str = "off"
-    statistic: str = "max"
-    strength: float = 0.5
-    center: bool = False
-    fold: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]
+    trial: Trial | None = None
+    fold: dict[str, Any] | None = None
 
 
-def runtime(name: str, **settings: Any) -> Variant:
-    """A factor taken from the prompt, divided and multiplied in every step."""
-    return Variant(f"run time, {name}", key_norm="runtime", **settings)
+def trial(name: str, **rule: Any) -> Variant:
+    """A run-time rule that is not built in."""
+    return Variant(name, OURS, Trial(**rule))
 
 
-def folded(name: str, center: bool = False, **settings: Any) -> Variant:
+def folded(name: str, settings: dict[str, Any] = PLAIN, rule: Trial | None = None, **fold: Any) -> Variant:
     """A factor taken from calibration text, folded into the weights."""
-    fold = {"statistic": "max", "strength": 0.5, "query_strength": 0.0, **settings}
-    return Variant(f"folded, {name}", key_norm="folded", center=center, fold=fold)
+    return Variant(f"folded, {name}", {**settings, "key_norm": "folded"}, rule, fold)
 
 
-RMS = {"statistic": "rms"}
-BOTH = {"strength": 0.5, "query_strength": 0.5}
-VARIANTS = [
-    Variant("off"),
-    Variant("off, centred", center=True),
-    runtime("max^0.25", strength=0.25),
-    runtime("max^0.5 (paper)"),
-    runtime("max^0.5, centred", center=True),
-    runtime("max^1", strength=1.0),
-    runtime("max^1, centred", strength=1.0, center=True),
-    runtime("rms^0.25", **RMS, strength=0.25),
-    runtime("rms^0.5", **RMS),
-    runtime("rms^1", **RMS, strength=1.0),
-    folded("max^0.25", strength=0.25),
-    folded("max^0.5 (paper)"),
-    folded("max^0.5, off below 1.5", off_below=1.5),
-    folded("max^0.5, power of two", power_of_two=True),
-    folded("max^0.5, centred", center=True),
-    folded("max^1", strength=1.0),
-    folded("max^1, power of two", strength=1.0, power_of_two=True),
-    folded("max^1, centred", strength=1.0, center=True),
-    folded("rms^0.25", **RMS, strength=0.25),
-    folded("rms^0.5", **RMS),
-    folded("rms^1", **RMS, strength=1.0),
-    folded("max K^0.8 / Q^0.2", strength=0.8, query_strength=0.2),
-    folded("max K^0.65 / Q^0.35", strength=0.65, query_strength=0.35),
-    folded("max K^0.5 / Q^0.5", **BOTH),
-    folded("max K^0.5 / Q^0.5, centred", **BOTH, center=True),
-    folded("rms K^0.65 / Q^0.35", **RMS, strength=0.65, query_strength=0.35),
-    folded("rms K^0.5 / Q^0.5", **RMS, **BOTH),
+KEYS_ONLY = {"statistic": "max", "query_strength": 0.0}
+SHIPPED = [
+    Variant("off", PLAIN),
+    Variant("off, centred", CENTRED),
+    Variant("max^0.5 (paper)", PAPER),
+    Variant("max^0.5, centred", {**PAPER, "key_center": "runtime"}),
+    Variant("max^1", {**PAPER, "key_norm_exponent": 1.0}),
+    Variant("max^1, pairs", {**OURS, "key_center": "off"}),
+    Variant("max^1, pairs, centred (default)", OURS),
+    folded("rms K^0.65 / Q^0.35"),
+    folded("rms K^0.65 / Q^0.35, centred (default)", CENTRED),
 ]
+"""What settings offer; the kernels serve these."""
 
-
-class NormedLayer(InnerQLayer):
-    """Stores ``(keys - center) / norm``, both fixed by the prompt, and gives the keys back: any run-time norm.
-
-    What is quantized is what the cache's own run-time norm would quantize; only here the factor is free to choose.
-    """
-
-    def __init__(self, variant: Variant, config: InnerQConfig, max_cache_len: int | None) -> None:
-        super().__init__(config, max_cache_len)
-        self.variant = variant
-
-    def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        if self.is_empty:
-            self._fix(key[:, :, self.config.sink : key.shape[2] - self.config.recent])
-        super()._append((key - self.center) / self.norm, value)
-
-    def _fix(self, keys: torch.Tensor) -> None:
-        self.center = keys.mean(2, keepdim=True) * self.variant.center
-        found = (keys - self.center).abs()
-        found = found.amax(2, keepdim=True) if self.variant.statistic == "max" else found.square().mean(2, True).sqrt()
-        strength = self.variant.strength if self.variant.key_norm == "runtime" else 0.0
-        self.norm = (found**strength).clamp(min=KEY_NORM_EPS)
-
-    def _dequantize(self) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = super()._dequantize()
-        return keys * self.norm + self.center, values
+TRIALS = [
+    trial("off, centred on the mean", exponent=0.0, center="mean"),
+    trial("max^0.25, pairs", exponent=0.25),
+    trial("max^0.5, pairs, centred", exponent=0.5, center="midrange"),
+    trial("max^1, pairs, centred on the mean", center="mean"),
+    trial("max of centred^1, pairs, centred", center="midrange", of_centred=True),
+    trial("max of centred^1, pairs, centred on the mean", center="mean", of_centred=True),
+    trial("max^1, pairs, centred, off below 2", center="midrange", off_below=2.0),
+    trial("rms^0.5, pairs", statistic="rms", exponent=0.5),
+    trial("rms^1, pairs", statistic="rms"),
+    trial("rms of centred^1, pairs, centred", statistic="rms", center="midrange", of_centred=True),
+    folded("max^0.5 (paper)", strength=0.5, **KEYS_ONLY),
+    folded("max^1", strength=1.0, **KEYS_ONLY),
+    folded("max^1, centred", CENTRED, strength=1.0, **KEYS_ONLY),
+    folded("max K^0.5 / Q^0.5, centred", CENTRED, statistic="max", strength=0.5, query_strength=0.5),
+    folded("rms K^0.5 / Q^0.5, centred", CENTRED, statistic="rms", strength=0.5, query_strength=0.5),
+    folded("rms K^0.65 / Q^0.35, centred on the mean", OURS, Trial(exponent=0.0, center="mean")),
+    folded("rms K^0.65 / Q^0.35, centred, off below 1.5", CENTRED, off_below=1.5),
+]
 
 
 def with_outliers(model: PreTrainedModel, seed: int, low: float = 4.0, high: float = 64.0) -> PreTrainedModel:
@@ -159,37 +181,91 @@ def read_text(path: Path, args: argparse.Namespace) -> Text:
 
 
 @torch.no_grad()
-def chunk_logits(model: PreTrainedModel, prompt: Prefill, chunk: torch.Tensor, cache: Cache) -> torch.Tensor:
-    """Logits float32 [chunk, vocabulary] behind a prompt that was handed to ``cache``."""
-    prompt.load_into(cache)
-    positions = torch.arange(prompt.num_tokens, prompt.num_tokens + chunk.shape[1])[None]
+def chunk_logits(model: PreTrainedModel, position: int, chunk: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """Logits float32 [chunk, vocabulary] behind the ``position`` tokens that the cache holds."""
+    positions = torch.arange(position, position + chunk.shape[1])[None]
     return model(input_ids=chunk, past_key_values=cache, position_ids=positions, use_cache=True).logits[0].float()
 
 
-@dataclass(frozen=True)
-class Score:
-    """KL in nats and share of equal top tokens, over all chunks."""
-
-    kl: float
-    agreement: float
+def split(prompt: Prefill, start: int) -> list[Prefill]:
+    """A prompt as its first ``start`` tokens and the rest."""
+    parts = [slice(0, start), slice(start, prompt.num_tokens)]
+    cut = [Prefill(prompt.num_tokens, [(k[:, :, p], v[:, :, p]) for k, v in prompt.keys_values]) for p in parts]
+    return [part for part in cut if part.keys_values[0][0].shape[2]]
 
 
 class Study:
-    """One model with its prompts read once."""
+    """One model with its prompts read once, measured against ``full``, logits of the undamaged model."""
 
-    def __init__(self, model: PreTrainedModel, text: Text) -> None:
+    def __init__(self, model: PreTrainedModel, text: Text, full: list[torch.Tensor] | None = None) -> None:
         self.model, self.text = model, text
         self.prefills = [prefill(model, prompt) for prompt in text.prompts]
+        self.own = [
+            chunk_logits(model, p.num_tokens, c, p.load_into(DynamicCache(config=model.config)))
+            for p, c in zip(self.prefills, text.chunks, strict=True)
+        ]
+        self.full = full or self.own
         self.captured = fold._capture(model, text.calibration)  # one capture serves all factors of a model
 
-    def logits(self, make_cache: Callable[[], Cache], prefills: list[Prefill] | None = None) -> torch.Tensor:
-        """Of all chunks, each behind a fresh cache that was handed its prompt: float32 [positions, vocabulary]."""
-        pairs = zip(prefills or self.prefills, self.text.chunks, strict=True)
-        return torch.cat([chunk_logits(self.model, prompt, chunk, make_cache()) for prompt, chunk in pairs])
+    @property
+    def drift(self) -> float:
+        """Largest difference in full precision, as a share of the largest logit."""
+        pairs = zip(self.own, self.full, strict=True)
+        return max(float((own - full).abs().max() / full.abs().max()) for own, full in pairs)
+
+    def kl(
+        self,
+        variant: Variant,
+        all_bits: Sequence[int],
+        *,
+        prompts: int | None = None,
+        start: int = 0,
+        exact: bool | None = None,
+    ) -> dict[str, list[float]]:
+        """Nats of the first ``prompts`` prompts, by key bits.
+
+        Args:
+            start: Tokens of each prompt that the cache is handed first; 0 for the whole prompt.
+            exact: Decodes through the op itself, with this value of its argument.
+        """
+        rule = contextlib.nullcontext()
+        if variant.trial:
+            rule = unittest.mock.patch.object(reference, "key_center_and_norm", variant.trial)
+        with self._folded(variant) as prefills, rule:
+            cases = list(zip(prefills, self.text.chunks, self.full, strict=True))[:prompts]
+            return {
+                str(bits): [self._kl(variant, bits, *case, start=start, exact=exact) for case in cases]
+                for bits in all_bits
+            }
+
+    def _kl(
+        self,
+        variant: Variant,
+        bits: int,
+        prompt: Prefill,
+        chunk: torch.Tensor,
+        full: torch.Tensor,
+        *,
+        start: int,
+        exact: bool | None,
+    ) -> float:
+        settings = {**variant.settings, "key_bits": bits}
+        cache = InnerQCache(self.model.config, "int8", prompt.num_tokens + chunk.shape[1], **settings)
+        for part in split(prompt, start) if start else [prompt]:
+            part.load_into(cache)
+        if exact is None:
+            logits = chunk_logits(self.model, prompt.num_tokens, chunk, cache)
+        else:
+            logits = self._through_the_op(cache, prompt.num_tokens, chunk, exact)
+        p, q = full.log_softmax(-1), logits.log_softmax(-1)
+        return float((p.exp() * (p - q)).sum(-1).mean())
 
     @contextlib.contextmanager
-    def folded(self, variant: Variant) -> Iterator[list[Prefill]]:
+    def _folded(self, variant: Variant) -> Iterator[list[Prefill]]:
         """Folds the model for a while; the prompts' keys follow without reading them again."""
+        if variant.fold is None:
+            yield self.prefills
+            return
         with unittest.mock.patch.object(fold, "_capture", lambda *_: self.captured):
             handle = fold_key_norm(self.model, self.text.calibration, progress=False, **variant.fold)
         factors = [f.float()[None, :, None] for f in handle.factors.values()]
@@ -201,67 +277,118 @@ class Study:
         finally:
             handle.restore()
 
-    def scores(self, variant: Variant, bits: list[int], full: Decoded) -> dict[int, Score]:
-        """By key bits. The values stay at 8 bits, so that only the error of the keys shows."""
-        folding = self.folded(variant) if variant.key_norm == "folded" else contextlib.nullcontext(self.prefills)
-        found = {}
-        with folding as prefills:
-            for key_bits in bits:
-                decoded = Decoded(self.logits(lambda b=key_bits: self._cache(variant, b), prefills), [])
-                found[key_bits] = Score(kl_divergence(decoded, full), agreement(decoded, full))
-        return found
+    def _through_the_op(self, cache: InnerQCache, position: int, chunk: torch.Tensor, exact: bool) -> torch.Tensor:
+        def attend(module: Any, query: torch.Tensor, *_: Any, scaling: float, **__: Any) -> tuple[torch.Tensor, None]:
+            layer: Any = cache.layers[module.layer_idx]
+            out = ops.decode_attention(query, *layer.state, None, scaling, layer.capacity, layer.spec, exact)
+            return out.transpose(1, 2), None
 
-    def _cache(self, variant: Variant, key_bits: int) -> Cache:
-        capacity = self.text.prompts[0].shape[1] + self.text.chunks[0].shape[1]
-        cache = InnerQCache(self.model.config, "int8", capacity, key_bits=key_bits, key_norm="off")
-        cache.layers = [NormedLayer(variant, layer.config, layer.max_cache_len) for layer in cache.layers]
-        return cache
+        AttentionInterface.register("innerq_op", attend)
+        self.model.set_attn_implementation("innerq_op")
+        try:
+            parts = chunk.split(cache.config.max_fused_q_len, 1)
+            begins = [position + cache.config.max_fused_q_len * i for i in range(len(parts))]
+            return torch.cat([chunk_logits(self.model, b, p, cache) for b, p in zip(begins, parts, strict=True)])
+        finally:
+            self.model.set_attn_implementation("sdpa")
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    x = torch.tensor(values, dtype=torch.float64)
+    return float(x.mean()), float(x.std() / len(x) ** 0.5) if len(x) > 1 else 0.0
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Both studies as plain data."""
+    """The parts as plain data: per variant and key bits the KL of every prompt. Other parts of the file stay."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     text = read_text(args.model, args)
     plain = Study(model, text)
-    full = Decoded(plain.logits(lambda: DynamicCache(config=model.config)), [])
-    undamaged = {v.name: plain.scores(v, args.bits, full) for v in tqdm(VARIANTS, desc="undamaged")}
-    stressed, drifts = [], []
-    for seed in range(args.seeds):
-        study = Study(with_outliers(model, seed), text)
-        own = study.logits(lambda: DynamicCache(config=model.config))
-        drifts.append(float((own - full.logits).abs().max() / full.logits.abs().max()))
-        stressed.append({v.name: study.scores(v, args.bits, full) for v in tqdm(VARIANTS, desc=f"outliers {seed}")})
-    rows = {
-        variant.name: {
-            str(b): {
-                "kl": undamaged[variant.name][b].kl,
-                "agreement": undamaged[variant.name][b].agreement,
-                "stress_kl": sum(s[variant.name][b].kl for s in stressed) / len(stressed),
-                "stress_kl_each": [s[variant.name][b].kl for s in stressed],
-            }
-            for b in args.bits
-        }
-        for variant in VARIANTS
-    }
-    return {
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "torch": torch.__version__,
-        "positions": len(text.chunks) * args.chunk,
-        "full_precision_drift_of_stress_models": drifts,
-        "variants": [asdict(variant) for variant in VARIANTS],
-        "scores": rows,
-    }
+    fewer = Text(text.calibration, text.prompts[: args.copy_prompts], text.chunks[: args.copy_prompts])
+    full = plain.full[: args.copy_prompts]
+    copies = [Study(with_outliers(model, *stress), fewer, full) for stress in STRESS]
+    result = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    result["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    result["torch"] = torch.__version__
+    result["stress"] = [list(s) for s in STRESS]
+    result["full_precision_drift_of_copies"] = [study.drift for study in copies]
+    result["variants"] = [asdict(v) for v in SHIPPED + TRIALS]
+
+    def record(part: str, variants: list[Variant], measure: Callable[[Variant], Any], *path: str) -> None:
+        table = result.setdefault(part, {})
+        for name in path:
+            table = table.setdefault(name, {})
+        table.clear()
+        for variant in tqdm(variants, desc=" ".join((part, *path)), mininterval=10):
+            table[variant.name] = measure(variant)
+
+    every, all_bits, few = SHIPPED + TRIALS, args.bits, args.prompts // 2
+    if "as trained" in args.parts:
+        record("as trained", every, lambda v: plain.kl(v, all_bits))
+    if "outliers" in args.parts:
+        record("outliers", every, lambda v: [study.kl(v, all_bits if v in SHIPPED else [3]) for study in copies])
+    if "short starts" in args.parts:
+        for start in args.starts:
+            record("short starts", every, lambda v, s=start: plain.kl(v, [3], prompts=few, start=s), str(start))
+    if "kernels" in args.parts:
+        register_kernels()
+        for name, exact in (("exact", True), ("integer", False)):
+            record("kernels", SHIPPED, lambda v, e=exact: plain.kl(v, all_bits, prompts=few, exact=e), name)
+            record("kernels", SHIPPED, lambda v, e=exact: copies[0].kl(v, [3], exact=e), f"{name}, outliers")
+    return result
 
 
-def table(result: dict[str, Any]) -> str:
-    """KL by factor, undamaged and averaged over the stress models."""
-    bits = [str(b) for b in result["settings"]["bits"]]
-    headers = ["key norm", *(f"KL, K {b} bits" for b in bits), *(f"outliers, K {b} bits" for b in bits)]
-    rows = [
-        (name, *(f"{row[b]['kl']:.5f}" for b in bits), *(f"{row[b]['stress_kl']:.5f}" for b in bits))
-        for name, row in result["scores"].items()
+def cell(values: Sequence[float]) -> str:
+    """``mean ± standard error`` in thousandths of a nat."""
+    mean, error = mean_and_error([1e3 * v for v in values])
+    return f"{mean:.2f} ± {error:.2f}" if mean < 100 else f"{mean:.0f}"
+
+
+def of_copies(copies: Sequence[dict[str, list[float]]], bits: str) -> list[float]:
+    """The mean KL of each copy."""
+    return [mean_and_error(copy[bits])[0] for copy in copies]
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Everything, in thousandths of a nat."""
+    rows = []
+    for name, row in result["as trained"].items():
+        copies = result["outliers"][name]
+        cells = {f"K {b} bits": cell(values) for b, values in row.items()}
+        cells |= {f"outliers, K {b}": cell(of_copies(copies, b)) for b in copies[0]}
+        cells |= {f"start {s}, K 3": cell(part[name]["3"]) for s, part in result["short starts"].items()}
+        rows.append({"key norm": name, **cells})
+    kernels = [
+        {"through the kernels": name}
+        | {f"K {b}, {how}": cell(v) for how, part in result["kernels"].items() for b, v in part[name].items()}
+        for name in result["kernels"]["exact"]
     ]
-    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+    return "\n\n".join(tabulate(r, headers="keys", tablefmt="github", disable_numparse=True) for r in (rows, kernels))
+
+
+README_ROWS = {
+    "off": "off",
+    "max^0.5 (paper)": "at run time, the paper's root (`paper-*`)",
+    "max^1, pairs": "at run time, ours without the center",
+    "max^1, pairs, centred (default)": "at run time, ours (default)",
+    "folded, rms K^0.65 / Q^0.35": "folded, ours without the center",
+    "folded, rms K^0.65 / Q^0.35, centred (default)": "folded, ours (default once folded)",
+}
+
+
+def readme_table(result: dict[str, Any]) -> str:
+    """The README's table: keys at 3 bits."""
+    start = min(result["short starts"], key=int)
+    rows = [
+        {
+            "key norm": title,
+            "as trained": cell(result["as trained"][name]["3"]),
+            "with outlier channels": cell(of_copies(result["outliers"][name], "3")),
+            f"as trained, fixed by {start} tokens": cell(result["short starts"][start][name]["3"]),
+        }
+        for name, title in README_ROWS.items()
+    ]
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
 def main() -> None:
@@ -269,19 +396,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("innerq_compile/demo/model"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/key_norm.json"))
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--prompts", type=int, default=16, help="short starts and kernels read half as many")
+    parser.add_argument("--copy-prompts", type=int, default=4, help="that each copy with outliers reads")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--starts", type=int, nargs="+", default=[160, 640], help="lengths of the short starts")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--seeds", type=int, default=2, help="stress models")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--readme", action="store_true", help="only print the README's table of the stored result")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    result = run(args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    print(table(result))
-    print(f"full-precision drift of the stress models: {max(result['full_precision_drift_of_stress_models']):.1e}")
+    if not args.readme:
+        torch.set_num_threads(args.threads)
+        result = run(args)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    result = json.loads(args.out.read_text(encoding="utf-8"))
+    print(readme_table(result) if args.readme else tables(result))
 
 
 if __name__ == "__main__":

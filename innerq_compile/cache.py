@@ -16,6 +16,7 @@ from innerq_compile.folded import mark_of
 from innerq_compile.layer import MIN_CAPACITY, InnerQLayer
 from innerq_compile.layout import unsupported_head_dim
 from innerq_compile.padding import ask, leading_pads, watch_masks
+from innerq_compile.rope import head_dim_of, rope_pairs_of
 from innerq_compile.storage import load_layers, read_header, save_layers
 
 
@@ -28,7 +29,8 @@ class InnerQCache(Cache):
         max_cache_len: Capacity in tokens, allocated at once. ``None`` lets the cache grow by doubling, which costs a
             recompile per doubling and, on an accelerator, reads the length back once per call of the model.
         **overrides: Single settings of :class:`~innerq_compile.config.InnerQConfig` that replace the preset's. A model
-            whose key norm was folded into its weights gets ``key_norm="folded"`` unless told otherwise.
+            whose key norm was folded into its weights gets ``key_norm="folded"`` unless told otherwise, and
+            ``rope_pairs`` follows the model where the preset has it on.
 
     Attributes:
         unquantized: Layer index -> why that layer keeps transformers' own 16-bit layer (sliding windows, latent
@@ -47,10 +49,12 @@ class InnerQCache(Cache):
     ) -> None:
         if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
             raise ValueError(f"max_cache_len must be a positive integer or None, got {max_cache_len!r}")
-        self.config = InnerQConfig.from_preset(preset, **_with_folded_norm(config, overrides))
         self._model = _facts_of(config)
         self._max_cache_len = max_cache_len
         text_config = config.get_text_config(decoder=True)
+        self.config = InnerQConfig.from_preset(preset, **_with_folded_norm(config, overrides))
+        if self.config.rope_pairs != "off" and "rope_pairs" not in overrides:
+            self.config = dataclasses.replace(self.config, rope_pairs=rope_pairs_of(text_config))
         # transformers knows which layer is of which kind; only its plain full-attention layers are replaced.
         fixed_len = max_cache_len or getattr(text_config, "max_position_embeddings", None) or MIN_CAPACITY
         template = StaticCache(config=config, max_cache_len=fixed_len)
@@ -210,5 +214,4 @@ def _why_not_quantized(layer: CacheLayerMixin, text_config: PreTrainedConfig, co
         return f"{type(layer).__name__} keeps its own 16-bit buffers"
     if getattr(text_config, "kv_lora_rank", None):
         return "latent attention: keys and values differ in shape"
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    return unsupported_head_dim(config, head_dim)
+    return unsupported_head_dim(config, head_dim_of(text_config))
