@@ -27,7 +27,7 @@ from innerq_compile.demo.evaluate import Decoded, decode, kl_divergence, prefill
 
 FOLDS: dict[str, dict[str, Any]] = {
     "folded, max^0.5 (paper)": {"statistic": "max", "strength": 0.5, "query_strength": 0.0},
-    "folded, rms K^0.65 / Q^0.35": {},
+    "folded, max K^0.5 / Q^0.5": {},
 }
 
 

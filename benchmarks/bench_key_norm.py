@@ -14,7 +14,6 @@ Four questions, four parts of the result:
 
     python benchmarks/bench_key_norm.py                                # everything, a quarter of an hour when idle
     python benchmarks/bench_key_norm.py --prompts 2 --parts kernels    # a quick look at one part
-    python benchmarks/bench_key_norm.py --readme                       # only the README's table, from the stored result
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
+from key_norm_tables import tables  # benchmarks are run as files, so their folder is on the path
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -109,6 +108,7 @@ def folded(name: str, settings: dict[str, Any] = PLAIN, rule: Trial | None = Non
 
 
 KEYS_ONLY = {"statistic": "max", "query_strength": 0.0}
+RMS_KEYS_MORE = {"statistic": "rms", "strength": 0.65, "query_strength": 0.35}
 SHIPPED = [
     Variant("off", PLAIN),
     Variant("off, centred", CENTRED),
@@ -117,8 +117,8 @@ SHIPPED = [
     Variant("max^1", {**PAPER, "key_norm_exponent": 1.0}),
     Variant("max^1, pairs", {**OURS, "key_center": "off"}),
     Variant("max^1, pairs, centred (default)", OURS),
-    folded("rms K^0.65 / Q^0.35"),
-    folded("rms K^0.65 / Q^0.35, centred (default)", CENTRED),
+    folded("max K^0.5 / Q^0.5"),
+    folded("max K^0.5 / Q^0.5, centred (default)", CENTRED),
 ]
 """What settings offer; the kernels serve these."""
 
@@ -136,10 +136,11 @@ TRIALS = [
     folded("max^0.5 (paper)", strength=0.5, **KEYS_ONLY),
     folded("max^1", strength=1.0, **KEYS_ONLY),
     folded("max^1, centred", CENTRED, strength=1.0, **KEYS_ONLY),
-    folded("max K^0.5 / Q^0.5, centred", CENTRED, statistic="max", strength=0.5, query_strength=0.5),
-    folded("rms K^0.5 / Q^0.5, centred", CENTRED, statistic="rms", strength=0.5, query_strength=0.5),
-    folded("rms K^0.65 / Q^0.35, centred on the mean", OURS, Trial(exponent=0.0, center="mean")),
-    folded("rms K^0.65 / Q^0.35, centred, off below 1.5", CENTRED, off_below=1.5),
+    folded("max K^0.5 / Q^0.5, centred on the mean", OURS, Trial(exponent=0.0, center="mean")),
+    folded("max K^0.5 / Q^0.5, centred, off below 1.5", CENTRED, off_below=1.5),
+    folded("rms K^0.65 / Q^0.35", **RMS_KEYS_MORE),
+    folded("rms K^0.65 / Q^0.35, centred", CENTRED, **RMS_KEYS_MORE),
+    folded("rms K^0.5 / Q^0.5, centred", CENTRED, statistic="rms"),
 ]
 
 
@@ -293,12 +294,6 @@ class Study:
             self.model.set_attn_implementation("sdpa")
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    x = torch.tensor(values, dtype=torch.float64)
-    return float(x.mean()), float(x.std() / len(x) ** 0.5) if len(x) > 1 else 0.0
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The parts as plain data: per variant and key bits the KL of every prompt. Other parts of the file stay."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
@@ -338,81 +333,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def cell(values: Sequence[float]) -> str:
-    """``mean ± standard error`` in thousandths of a nat."""
-    mean, error = mean_and_error([1e3 * v for v in values])
-    return f"{mean:.2f} ± {error:.2f}" if mean < 100 else f"{mean:.0f}"
-
-
-def of_copies(copies: Sequence[dict[str, list[float]]], bits: str) -> list[float]:
-    """The mean KL of each copy."""
-    return [mean_and_error(copy[bits])[0] for copy in copies]
-
-
-def tables(result: dict[str, Any]) -> str:
-    """Everything, in thousandths of a nat."""
-    rows = []
-    for name, row in result["as trained"].items():
-        copies = result["outliers"][name]
-        cells = {f"K {b} bits": cell(values) for b, values in row.items()}
-        cells |= {f"outliers, K {b}": cell(of_copies(copies, b)) for b in copies[0]}
-        cells |= {f"start {s}, K 3": cell(part[name]["3"]) for s, part in result["short starts"].items()}
-        rows.append({"key norm": name, **cells})
-    kernels = [
-        {"through the kernels": name}
-        | {f"K {b}, {how}": cell(v) for how, part in result["kernels"].items() for b, v in part[name].items()}
-        for name in result["kernels"]["exact"]
-    ]
-    return "\n\n".join(tabulate(r, headers="keys", tablefmt="github", disable_numparse=True) for r in (rows, kernels))
-
-
-README_ROWS = {
-    "off": "off",
-    "max^0.5 (paper)": "at run time, the paper's root (`paper-*`)",
-    "max^1, pairs": "at run time, ours without the center",
-    "max^1, pairs, centred (default)": "at run time, ours (default)",
-    "folded, rms K^0.65 / Q^0.35": "folded, ours without the center",
-    "folded, rms K^0.65 / Q^0.35, centred (default)": "folded, ours (default once folded)",
-}
-
-
-def readme_table(result: dict[str, Any]) -> str:
-    """The README's table: keys at 3 bits."""
-    start = min(result["short starts"], key=int)
-    rows = [
-        {
-            "key norm": title,
-            "as trained": cell(result["as trained"][name]["3"]),
-            "with outlier channels": cell(of_copies(result["outliers"][name], "3")),
-            f"as trained, fixed by {start} tokens": cell(result["short starts"][start][name]["3"]),
-        }
-        for name, title in README_ROWS.items()
-    ]
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("innerq_compile/demo/model"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/key_norm.json"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--prompts", type=int, default=16, help="short starts and kernels read half as many")
-    parser.add_argument("--copy-prompts", type=int, default=4, help="that each copy with outliers reads")
+    parser.add_argument("--prompts", type=int, default=12, help="short starts and kernels read half as many")
+    parser.add_argument("--copy-prompts", type=int, default=12, help="that each copy with outliers reads")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--chunk", type=int, default=128)
     parser.add_argument("--starts", type=int, nargs="+", default=[160, 640], help="lengths of the short starts")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--readme", action="store_true", help="only print the README's table of the stored result")
     args = parser.parse_args()
-    if not args.readme:
-        torch.set_num_threads(args.threads)
-        result = run(args)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    result = json.loads(args.out.read_text(encoding="utf-8"))
-    print(readme_table(result) if args.readme else tables(result))
+    torch.set_num_threads(args.threads)
+    result = run(args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    if set(PARTS) <= set(result):
+        print(tables(result))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class FactorSettings:
     The published factor (arXiv 2602.23200, key normalization) is ``max |K| ** 0.5``. It halves the exponent of an
     outlier and no more. Factors with ``strength + query_strength == 1`` undo any exchange of scale between keys and
     queries completely: scale a key channel by s and its query by 1/s, and they become s times as large. The defaults
-    are the best of those on the reference model (``benchmarks/results/key_norm.json``).
+    are the best of those on the reference model, with centred keys (``benchmarks/results/key_norm.json``).
 
     Args:
         statistic: Of a channel over tokens: ``"max"`` of the magnitude, or its root mean square ``"rms"``.
@@ -39,9 +39,9 @@ class FactorSettings:
         ValueError: For a setting out of range.
     """
 
-    statistic: str = "rms"
-    strength: float = 0.65
-    query_strength: float = 0.35
+    statistic: str = "max"
+    strength: float = 0.5
+    query_strength: float = 0.5
     power_of_two: bool = False
     off_below: float = 0.0
 
