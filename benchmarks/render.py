@@ -102,8 +102,8 @@ def rivals() -> str:
     parts = [conditions(result)]
     for shape in dict.fromkeys(shape for shape, _ in times(result)):
         cases = {context: taken for (name, context), taken in times(result).items() if name == shape}
-        described = [*result["attention"], *result["rivals"]]
-        facts = {row["contender"]: row for row in described if row["shape"] == shape and len(row) > 4}
+        ours = [row for row in result["attention"] if "mib" in row]
+        facts = {row["contender"]: row for row in (*ours, *result["rivals"]) if row["shape"] == shape}
         reads = [name for name in next(iter(cases.values())) if name.startswith("read ")]
         rows = []
         for name in dict.fromkeys([*facts, *reads]):
