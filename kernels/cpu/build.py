@@ -12,6 +12,7 @@ Environment:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -21,6 +22,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -77,7 +79,9 @@ def _load(isa: str, extra_flags: tuple[str, ...]) -> ctypes.CDLL:
     path = cache_dir() / f"innerq_cpu_{_fingerprint(compiler, flags)}.so"
     try:
         if not path.exists():
-            _build(compiler, flags, path)
+            with _only_builder(path):
+                if not path.exists():
+                    _build(compiler, flags, path)
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"the kernel library cannot be stored or loaded: {error}") from error
@@ -124,9 +128,20 @@ def _fingerprint(compiler: tuple[str, ...], flags: tuple[str, ...]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _build(compiler: tuple[str, ...], flags: tuple[str, ...], path: Path) -> None:
-    """Compiles the sources side by side, links, and renames into place, so concurrent builders do not meet."""
+@contextlib.contextmanager
+def _only_builder(path: Path) -> Iterator[None]:
+    """Lets other processes that want the same library wait for it, where the file system has locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as file:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl  # POSIX only
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(compiler: tuple[str, ...], flags: tuple[str, ...], path: Path) -> None:
+    """Compiles the sources side by side, links, and renames into place, so nobody ever sees half a library."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
 
         def compile_one(item: tuple[str, tuple[str, ...]]) -> str:
