@@ -1,9 +1,12 @@
 """The C++ kernels against the reference: codes bit for bit, attention within budgets computed from the data."""
 
+import ctypes
 import functools
 import itertools
 import os
 import platform
+import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +17,10 @@ import torch
 from innerq_compile import ops, reference
 from innerq_compile.config import BITS, BLOCK, LEVELS, MODES, InnerQConfig
 from innerq_compile.kernels.cpu import attach, build, unsupported
+from innerq_compile.kernels.cpu.settings import DTYPES, Settings, read_settings
 from innerq_compile.layout import PADS, LayerState, allocate_state
 
 CAPACITY = 640
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -31,16 +34,22 @@ def runnable_paths() -> list[str]:
     return [name for name in build.ISA_FLAGS if needs[name] <= flags]
 
 
-PATHS = runnable_paths()
+CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+ARM_FLAGS = {"aarch64": "-march=armv8.2-a+dotprod+fp16", "aarch64_i8mm": "-march=armv8.6-a+i8mm+fp16"}
+needs_emulator = pytest.mark.skipif(
+    not (shutil.which(CROSS_COMPILER) and shutil.which(EMULATOR)), reason=f"needs {CROSS_COMPILER} and {EMULATOR}"
+)
+PATHS = [*runnable_paths(), *(pytest.param(name, marks=needs_emulator) for name in ARM_FLAGS)]
 
 
 @pytest.fixture(scope="module")
-def load_kernels():
+def load_kernels(tmp_path_factory):
     try:
         build.find_compiler()
     except build.BuildError as error:
         pytest.skip(str(error))
-    return lambda isa="native": attached(isa)
+    emulated = functools.cache(lambda isa: EmulatedKernels(tmp_path_factory.mktemp(isa), ARM_FLAGS[isa]))
+    return lambda isa="native": emulated(isa) if isa in ARM_FLAGS else attached(isa)
 
 
 @functools.cache
@@ -57,6 +66,72 @@ def attached(isa):
 
 
 keep_alive = []
+
+
+class Geometry(ctypes.Structure):
+    """kernels.h's ``Geometry``."""
+
+    _fields_ = [
+        ("settings", Settings),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "head_dim", "blocks")),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+class EmulatedKernels:
+    """The three ops for contiguous tensors without a mask, through kernels built for Arm and run by an emulator."""
+
+    def __init__(self, folder, flag):
+        self.binary = folder / "kernel_process"
+        sources = [build.SOURCE_DIR / name for name in build.SOURCES if name != "ops.cpp"]
+        objects = [str(folder / f"{source.stem}.o") for source in sources]
+        compiler = [CROSS_COMPILER, *build.FLAGS, flag, f"-I{build.SOURCE_DIR}"]
+        for source, target in zip(sources, objects, strict=True):
+            subprocess.run([*compiler, *build.SOURCES[source.name], "-c", source, "-o", target], check=True)
+        driver = Path(__file__).with_name("kernel_process.cpp")
+        subprocess.run([*compiler, "-static", driver, *objects, "-o", self.binary], check=True)
+
+    def _run(self, op, state, capacity, spec, numbers, tensors, outputs):
+        settings = Settings()
+        batch, heads, _, head_dim = state.k_window.shape
+        dtype = DTYPES.index(state.k_window.dtype)
+        assert read_settings(spec.encode(), head_dim, dtype, ctypes.pointer(settings))
+        geometry = Geometry(settings, batch, heads, head_dim, state.k_codes.shape[2], dtype)
+
+        def blob(x):
+            data = x.contiguous().view(torch.uint8).numpy().tobytes()
+            return struct.pack("q", len(data)) + data
+
+        request = [struct.pack("q", op), bytes(geometry), *map(blob, state), struct.pack("q", capacity)]
+        request += [struct.pack("d" if isinstance(x, float) else "q", x) for x in numbers]
+        command = [EMULATOR, "-cpu", "max", self.binary]
+        done = subprocess.run(command, input=b"".join([*request, *map(blob, tensors)]), capture_output=True, check=True)
+        data = done.stdout
+        for x in outputs:
+            size = x.numel() * x.element_size()
+            if size:
+                x.copy_(torch.frombuffer(bytearray(data[:size]), dtype=x.dtype).reshape(x.shape))
+            data = data[size:]
+        assert not data
+
+    def append_kv(self, key, value, *args):
+        *buffers, capacity, spec = args
+        self._run(0, LayerState(*buffers), capacity, spec, [key.shape[2]], [key, value], buffers)
+
+    def dequantize_kv(self, *args):
+        *buffers, capacity, spec = args
+        state = LayerState(*buffers)
+        batch, heads, _, head_dim = state.k_window.shape
+        out = [state.k_window.new_empty(batch, heads, capacity, head_dim) for _ in range(2)]
+        self._run(1, state, capacity, spec, [], [], out)
+        return out
+
+    def decode_attention(self, query, *args):
+        *buffers, mask, sm_scale, capacity, spec, exact = args
+        assert mask is None
+        out = torch.empty(query.shape, dtype=query.dtype)
+        self._run(2, LayerState(*buffers), capacity, spec, [*query.shape[1:3], int(exact), sm_scale], [query], [out])
+        return out
 
 
 def new_state(config, dtype=torch.float32, head_dim=64, batch=2, heads=2, capacity=CAPACITY, pads=0):
@@ -80,7 +155,7 @@ def new_tokens(state, count, generator, scale=1.0):
 def assert_same_bytes(ours, theirs, what=""):
     for name, a, b in zip(LayerState._fields, ours, theirs, strict=True):
         # A zero's sign carries no meaning, a scale's does.
-        a, b = (x if name.endswith("zeros") else x.view(torch.uint8) for x in (a, b))
+        a, b = (x if name.endswith(("zeros", "center")) else x.view(torch.uint8) for x in (a, b))
         assert torch.equal(a, b), f"{name} differs in {(a != b).sum()} of {a.numel()} places {what}"
 
 
@@ -135,6 +210,40 @@ def test_every_boundary_of_the_windows(load_kernels, length):
 def test_other_shapes_and_windows(load_kernels, head_dim, options):
     config = InnerQConfig(**options)
     append_both(load_kernels(), config, new_state(config, head_dim=head_dim, pads=3), (100, 97, 1, 1, 130, 33))
+
+
+@pytest.mark.parametrize("isa", PATHS)
+@pytest.mark.parametrize("first", [543, 544])  # behind the sink one token too few for a center, and just enough
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"key_center": "runtime", "key_norm_exponent": 1.0, "rope_pairs": "half"},
+        {"key_center": "runtime", "rope_pairs": "adjacent"},
+        {"key_center": "runtime", "key_norm": "off"},
+        {"key_norm_exponent": 1.0},
+    ],
+)
+def test_centers_and_norms_of_keys(load_kernels, isa, first, options):
+    kernels, config = load_kernels(isa), InnerQConfig(**options)
+    state, theirs = (new_state(config, torch.bfloat16, pads=0) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    offset, spread = torch.randn(2, 2, 1, 64, generator=generator) * 4, torch.rand(2, 2, 1, 64, generator=generator)
+    for count in (first, 64):
+        key, value = new_tokens(state, count, generator)
+        key = (key * spread + offset).to(key.dtype)
+        key[0, 0, :, 5] = 0.0
+        key[1, 0, 3:9, 7], key[1, 1, :, 9] = float("-inf"), float("inf")
+        kernels.append_kv(key, value, *state, CAPACITY, config.spec)
+        reference.append_kv(key, value, theirs, config)
+        assert_same_bytes(state, theirs)
+    assert bool((state.key_center != 0).any()) == ("key_center" in options and first == 544)
+    ours = kernels.dequantize_kv(*state, CAPACITY, config.spec)
+    for a, b in zip(ours, reference.dequantize_kv(state, config, CAPACITY), strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+    if isa == "native":
+        state.k_window.nan_to_num_(0.0, 0.0, 0.0)
+        query = torch.randn(2, 8, 2, 64, generator=generator).bfloat16()
+        check_attention(kernels, config, state, query, None, 0.125)
 
 
 def test_a_constant_and_a_hostile_token_do_not_disturb_the_others(load_kernels):
@@ -198,7 +307,9 @@ def error_budget(query, state, mask, sm_scale, config, *, exact):
     group = q_heads // heads
     q = query.double().reshape(batch, heads, -1, head_dim) * sm_scale
     scores = q @ keys.transpose(2, 3)
-    score_error = (head_dim + 8) * EPS * (q.abs() @ keys.abs().transpose(2, 3))
+    center, norm = state.key_center.unsqueeze(2).double(), state.key_norm.unsqueeze(2).double()
+    magnitude = keys.abs() + 2 * center.abs()  # at least |k' * norm| + |center|
+    score_error = (head_dim + 8) * EPS * (q.abs() @ magnitude.transpose(2, 3))
     bias = torch.zeros((), dtype=torch.float64) if mask is None else mask
     if bias.dtype == torch.bool:
         bias = torch.where(bias, 0.0, float("-inf")).double()
@@ -218,9 +329,9 @@ def error_budget(query, state, mask, sm_scale, config, *, exact):
     floor = torch.zeros_like(weights)
     if not exact:
         weight_error += 7.5e-5
-        scaled = (q * state.key_norm.unsqueeze(2)).unflatten(3, (-1, BLOCK))
+        scaled = (q * norm).unflatten(3, (-1, BLOCK))
         step = scaled.abs().amax(-1, keepdim=True) / 127
-        codes = keys / state.key_norm.unsqueeze(2)
+        codes = (keys - center) / norm
         rounding = (step / 2).expand_as(scaled).flatten(3) @ codes.abs().transpose(2, 3)
         score_error = score_error + torch.where(packed, rounding, 0.0)
         for row in range(batch):
@@ -403,6 +514,19 @@ def test_without_a_working_compiler_the_reference_runs_after_one_warning(tmp_pat
     assert done.returncode == 0, done.stderr
     assert reason in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_that_build_at_once_get_one_library(load_kernels, tmp_path):
+    # Counts compilations; -O0 halves the time they take.
+    compiler, log, command = tmp_path / "c++", tmp_path / "log", " ".join(build.find_compiler())
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-shared*) echo linked >> {log};; esac\nexec {command} "$@"\n')
+    compiler.chmod(0o755)
+    code = "from innerq_compile.kernels import cpu; assert cpu.unavailable() is None, cpu.unavailable()"
+    options = {"CXX": str(compiler), "INNERQ_CACHE_DIR": str(tmp_path / "cache"), "INNERQ_CXXFLAGS": "-O0"}
+    processes = [subprocess.Popen([sys.executable, "-P", "-c", code], env={**os.environ, **options}) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert log.read_text() == "linked\n"
+    assert len(list((tmp_path / "cache").glob("*.so"))) == 1
 
 
 def test_an_unknown_instruction_set_is_refused():

@@ -13,7 +13,8 @@ namespace {
 constexpr float FP16_MAX = 65504.0f;
 constexpr float KEY_NORM_EPS = 0x1p-10f;
 
-INNERQ_INLINE Floats keep_finite(Floats x) { return (Ints)abs(x) < 0x7f800000 ? x : Floats{}; }
+INNERQ_INLINE Ints is_finite(Floats x) { return (Ints)abs(x) < 0x7f800000; }
+INNERQ_INLINE Floats keep_finite(Floats x) { return is_finite(x) ? x : Floats{}; }
 
 INNERQ_INLINE HalfWords to_stored(Floats x) {
     return to_half(min(max(x, broadcast(-FP16_MAX)), broadcast(FP16_MAX)));
@@ -166,33 +167,52 @@ template <class T> struct Append {
         return tokens[side].at(b, h, token + row.pads - row.slots);
     }
 
-    // n = max(sqrt(max over tokens |K|), eps), from all tokens behind the sink when the first block leaves.
-    void fix_norm(int64_t b, int64_t h) const {
+    bool changes_keys() const { return g.runtime_center || g.runtime_norm; }
+
+    // Center and norm of every channel from all tokens behind the sink when the first block leaves: c = (lo + hi) / 2
+    // and n = max |k|, its RoPE partner's if that is larger, or the root of it (quant.py's key_center_and_norm).
+    void fix_center_and_norm(int64_t b, int64_t h) const {
         Row row(buffers, b);
         if (row.quantized != 0 || leaving_blocks(row) == 0) return;
-        int64_t count = row.slots + num_new - row.pads - g.sink;
-        float* norm = buffers.key_norm + (b * g.heads + h) * g.head_dim;
-        std::fill(norm, norm + g.head_dim, 0.0f);
+        int64_t count = row.slots + num_new - row.pads - g.sink, dim = g.head_dim;
+        float* center = buffers.key_center + (b * g.heads + h) * dim;
+        float* norm = buffers.key_norm + (b * g.heads + h) * dim;
+        alignas(VB) float low[MAX_HEAD_DIM], high[MAX_HEAD_DIM];
+        std::fill(low, low + dim, INFINITY);
+        std::fill(high, high + dim, -INFINITY);
         for (int64_t i = 0; i < count; i++) {
             const T* key = leaving(0, row, b, h, g.sink + i);
-            for (int64_t d = 0; d < g.head_dim; d += LANES) {
-                store(norm + d, max(load_floats(norm + d), keep_finite(abs(load_floats(key + d)))));
+            for (int64_t d = 0; d < dim; d += LANES) {
+                Floats k = load_floats(key + d);
+                Ints finite = is_finite(k);
+                store(low + d, min(finite ? k : broadcast(INFINITY), load_floats(low + d)));
+                store(high + d, max(finite ? k : broadcast(-INFINITY), load_floats(high + d)));
             }
         }
-        for (int64_t d = 0; d < g.head_dim; d++) norm[d] = std::max(std::sqrt(norm[d]), KEY_NORM_EPS);
+        for (int64_t d = 0; d < dim; d++) {
+            if (low[d] > high[d]) low[d] = high[d] = 0;  // no finite number at all
+            center[d] = g.runtime_center && count >= g.center_min_tokens ? 0.5f * low[d] + 0.5f * high[d] : 0;
+        }
+        for (int64_t d = 0; d < dim; d++) {
+            int64_t partner = g.rope_pairs == ADJACENT ? d ^ 1 : g.rope_pairs == HALF_APART ? (d + dim / 2) % dim : d;
+            float largest = std::max({high[d], -low[d], high[partner], -low[partner]});
+            float n = g.norm_is_root ? std::sqrt(largest) : largest;
+            norm[d] = g.runtime_norm ? std::max(n, KEY_NORM_EPS) : 1;
+        }
     }
 
     void quantize_keys(const Row& row, int64_t b, int64_t h, int64_t index) const {
         int64_t head = b * g.heads + h, first = g.sink + row.quantized + index * BLOCK;
         BlockPointers p = block_pointers(g, buffers, 0, head, row.quantized / BLOCK + index);
-        const float* norm = buffers.key_norm + head * g.head_dim;
+        const float *center = buffers.key_center + head * g.head_dim, *norm = buffers.key_norm + head * g.head_dim;
         for (int64_t tile = 0; tile < g.head_dim / BLOCK; tile++) {
             alignas(VB) float x[BLOCK][BLOCK];
             for (int t = 0; t < BLOCK; t++) {
                 const T* key = leaving(0, row, b, h, first + t) + tile * BLOCK;
                 for (int c = 0; c < BLOCK; c += LANES) {
                     Floats k = load_floats(key + c);
-                    if (g.runtime_norm) k = k / load_floats(norm + tile * BLOCK + c);
+                    int64_t d = tile * BLOCK + c;
+                    if (changes_keys()) k = (k - load_floats(center + d)) / load_floats(norm + d);
                     k = keep_finite(k);
                     for (int i = 0; i < LANES; i++) x[c + i][t] = k[i];
                 }
@@ -243,8 +263,8 @@ template <class T> struct Append {
             most_blocks = std::max(most_blocks, blocks);
             first |= row.quantized == 0 && blocks > 0;
         }
-        if (first && g.runtime_norm) {
-            parallel_for(threads, heads, [&](int64_t i) { fix_norm(i / g.heads, i % g.heads); });
+        if (first && changes_keys()) {
+            parallel_for(threads, heads, [&](int64_t i) { fix_center_and_norm(i / g.heads, i % g.heads); });
         }
         if (most_blocks > 0) {
             parallel_for(threads, heads * most_blocks, [&](int64_t i) {
@@ -280,13 +300,15 @@ template <class T> struct Dequantize {
         const TensorSpec& spec = side ? g.value : g.key;
         BlockPointers p = block_pointers(g, buffers, side, head, index);
         int64_t count = std::min<int64_t>(BLOCK, capacity - first_slot);
-        const float* norm = buffers.key_norm + head * g.head_dim;
+        const float *center = buffers.key_center + head * g.head_dim, *norm = buffers.key_norm + head * g.head_dim;
         for (int64_t tile = 0; tile < g.head_dim / BLOCK; tile++) {
             alignas(VB) float x[BLOCK][BLOCK], row[BLOCK];
             dequantize_tile_for(spec)(spec, p.codes + tile * 128 * spec.bits, p.scales + tile * BLOCK,
                                       p.zeros ? p.zeros + tile * BLOCK : nullptr, x);
             for (int t = 0; t < count; t++) {
-                for (int c = 0; c < BLOCK && !side; c++) row[c] = x[c][t] * norm[tile * BLOCK + c];
+                for (int c = 0; c < BLOCK && !side; c++) {
+                    row[c] = x[c][t] * norm[tile * BLOCK + c] + center[tile * BLOCK + c];
+                }
                 T* to = slot(side, head, first_slot + t) + tile * BLOCK;
                 for (int c = 0; c < BLOCK; c += LANES) store_floats(to + c, load_floats(side ? &x[t][c] : row + c));
             }

@@ -13,6 +13,7 @@
 namespace innerq {
 
 constexpr int BLOCK = 32;
+constexpr int MAX_HEAD_DIM = 512;  // settings.py lets none larger through
 constexpr int SUBS = 16 / LANES;  // vectors in a 64-byte unit of a tile
 
 // One row's counts. Tokens 0 .. held-1; token t sits in slot t + pads; tokens sink .. sink+quantized-1 are packed.

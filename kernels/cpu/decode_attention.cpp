@@ -7,6 +7,7 @@
 // How work is split depends on shapes and counts alone, so a result does not depend on the number of threads.
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -17,7 +18,6 @@ namespace innerq {
 
 namespace {
 
-constexpr int MAX_HEAD_DIM = 512;
 constexpr int64_t ENOUGH_ITEMS = 64;  // to keep many cores busy; more of them only cost their beginnings
 constexpr int MIN_SPLIT_BLOCKS = 32;
 constexpr float LOWEST = -std::numeric_limits<float>::max();
@@ -55,7 +55,11 @@ void mask_scores(const Head& head, int64_t r, int64_t token, int64_t count, floa
     int64_t offset = head.b * strides[0] + head.query_head(r) * strides[1] + m * strides[2] + slot * step;
     if (request.mask_kind == BOOLEAN) {
         const uint8_t* mask = static_cast<const uint8_t*>(request.mask) + offset;
-        for (int64_t i = 0; i < visible; i++) scores[i] = mask[i * step] ? scores[i] : -INFINITY;
+        if (step != 1) {
+            for (int64_t i = 0; i < visible; i++) scores[i] = mask[i * step] ? scores[i] : -INFINITY;
+        } else if (std::memchr(mask, 0, visible)) {
+            for (int64_t i = 0; i < visible; i++) scores[i] = mask[i] ? scores[i] : -INFINITY;
+        }
     } else {
         // The most negative finite number is a common "no": it must stay finite in units of log 2, as it does here.
         const float* mask = static_cast<const float*>(request.mask) + offset;
@@ -77,6 +81,8 @@ template <int ROWS> struct Batch {
     int64_t first, dim;
     Partial state;  // of these rows
     const uint8_t* ahead[2];  // where the prefetching of key and value codes stands
+    float starts[ROWS];       // what a packed key's score starts with (see load_query)
+    alignas(VB) float row_largest[PAIRS];  // state.largest, by pair
     alignas(VB) float query[ROWS * MAX_HEAD_DIM];
     alignas(VB) float scores[ROWS * CHUNK];
     alignas(VB) int32_t query_fours[ROWS * MAX_HEAD_DIM / 4];
@@ -87,22 +93,27 @@ template <int ROWS> struct Batch {
     Batch(const Head& head, int64_t first, Partial all) : head(head), first(first), dim(head.g.head_dim) {
         state = {all.largest + first, all.sum + first, all.out + first * dim};
         std::fill(state.largest, state.largest + ROWS, LOWEST);
+        std::fill(row_largest, row_largest + PAIRS, LOWEST);
         std::fill(state.sum, state.sum + ROWS, 0.0f);
         std::fill(state.out, state.out + ROWS * dim, 0.0f);
     }
 
-    // query = q * sm_scale * log2(e) [* key_norm]
-    template <class T> void load_query(const float* norm) {
+    // query = q * sm_scale * log2(e) against the windows. Against packed keys, which stand for k' * norm + center, it
+    // is that times norm, and every score starts with that times center.
+    template <class T> void load_query(const float* norm, const float* center) {
         const AttentionRequest& request = head.request;
         Floats scale = broadcast((float)(request.sm_scale * LOG2E));
         for (int r = 0; r < ROWS; r++) {
             const T* from = static_cast<const T*>(request.query) + head.b * request.query_strides[0] +
                             head.query_head(first + r) * request.query_strides[1] +
                             head.query_token(first + r) * request.query_strides[2];
+            Floats start = {};
             for (int64_t d = 0; d < dim; d += LANES) {
                 Floats q = load_floats(from + d) * scale;
+                if (center) start += q * load_floats(center + d);
                 store(query + r * dim + d, norm ? q * load_floats(norm + d) : q);
             }
+            starts[r] = sum_lanes(start);
         }
     }
 
@@ -177,38 +188,44 @@ template <int ROWS> struct Batch {
     // scores -> weight_fours, 127 * 2^(scores - largest of the block) rounded, and their factors. The rounded weights
     // are also what a row's sum is made of, so that they add up to one.
     void softmax_bytes(int blocks) {
-        alignas(VB) float largest[PAIRS];
-        for (int first_pair = 0; first_pair < PAIRS; first_pair += LANES) {
+        auto scores_of = [&](int pair) { return scores + pair % ROWS * CHUNK + pair / ROWS * BLOCK; };
+        for (int pair = blocks * ROWS; pair < USED_PAIRS; pair++) {
+            std::fill(scores_of(pair), scores_of(pair) + BLOCK, -INFINITY);
+        }
+        alignas(VB) float largest[PAIRS], shifts[PAIRS];
+        bool raised = false;
+        for (int i = 0; i < PAIRS; i += LANES) {
             Floats folded[FOLDED];
             for (int j = 0; j < FOLDED; j++) {
-                int pair = (first_pair + j) % USED_PAIRS;
-                const float* s = scores + pair % ROWS * CHUNK + pair / ROWS * BLOCK;
+                const float* s = scores_of((i + j) % USED_PAIRS);
                 folded[j] = load_floats(s);
                 for (int k = LANES; k < BLOCK; k += LANES) folded[j] = max(load_floats(s + k), folded[j]);
             }
-            store(largest + first_pair, max(fold_lanes<Max, FOLDED>(folded), broadcast(LOWEST)));
+            Floats most = max(fold_lanes<Max, FOLDED>(folded), broadcast(LOWEST));
+            store(largest + i, most);
+            store(shifts + i, LOG2_127 - most);
+            raised |= any_above(most, load_floats(row_largest + i));
         }
-        for (int pair = blocks * ROWS; pair < USED_PAIRS; pair++) largest[pair] = LOWEST;
-        bool raised = false;
-        for (int pair = 0; pair < USED_PAIRS; pair++) raised |= largest[pair] > state.largest[pair % ROWS];
-        for (int pair = 0; raised && pair < USED_PAIRS; pair++) raise_largest(pair % ROWS, largest[pair]);
-
-        const TensorSpec* specs[2] = {&head.g.key, &head.g.value};
-        int lines[2];
-        for (int side = 0; side < 2; side++) {
-            lines[side] = ((int)(dim / BLOCK) * softmax_lines(specs[side]->bits) + ROWS - 1) / ROWS;
-        }
-        Words totals[PAIRS] = {};
-        alignas(VB) float below[PAIRS] = {};  // how far a block's largest lies below the row's
-        for (int pair = 0; pair < blocks * ROWS; pair++) {
-            const float* s = scores + pair % ROWS * CHUNK + pair / ROWS * BLOCK;
-            int8_t* bytes = reinterpret_cast<int8_t*>(weight_fours + pair * 8);
-            for (int side = 0; side < 2; side++) {
-                prefetch_lines(ahead[side], lines[side]);
-                ahead[side] += 64 * lines[side];
+        if (raised) {
+            for (int r = 0; r < ROWS; r++) {
+                float most = largest[r];
+                for (int pair = r + ROWS; pair < USED_PAIRS; pair += ROWS) most = std::max(largest[pair], most);
+                raise_largest(r, most);
             }
-            below[pair] = largest[pair] - state.largest[pair % ROWS];
-            Floats shift = broadcast(LOG2_127 - largest[pair]);
+            for (int pair = 0; pair < PAIRS; pair++) row_largest[pair] = state.largest[pair % ROWS];
+        }
+
+        Words totals[PAIRS];
+        for (int pair = USED_PAIRS; pair < PAIRS; pair++) totals[pair] = Words{};
+        const uint8_t *keys_ahead = ahead[0], *values_ahead = ahead[1];
+        int key_lines = lines_per_pair(head.g.key), value_lines = lines_per_pair(head.g.value);
+        for (int pair = 0; pair < USED_PAIRS; pair++) {
+            prefetch_lines(keys_ahead, key_lines);
+            prefetch_lines(values_ahead, value_lines);
+            keys_ahead += 64 * key_lines, values_ahead += 64 * value_lines;
+            const float* s = scores_of(pair);
+            int8_t* bytes = reinterpret_cast<int8_t*>(weight_fours + pair * 8);
+            Floats shift = broadcast(shifts[pair]);
             totals[pair] = Words{} - BLOCK / LANES * ROUND_BITS;
             for (int j = 0; j < BLOCK; j += LANES) {
                 Ints rounded = (Ints)(exp2<3>(load_floats(s + j) + shift) + ROUND);
@@ -216,8 +233,10 @@ template <int ROWS> struct Batch {
                 totals[pair] += (Words)rounded;
             }
         }
+        ahead[0] = keys_ahead, ahead[1] = values_ahead;
         for (int i = 0; i < PAIRS; i += LANES) {
-            Floats scale = exp2<5>(load_floats(below + i)) * (1.0f / 127);
+            Floats below = load_floats(largest + i) - load_floats(row_largest + i);
+            Floats scale = exp2<5>(below) * (1.0f / 127);
             Floats weight = to_floats((Ints)fold_lanes<Sum, FOLDED>(totals + i)) * scale;
             store(weight_factors[0] + i, scale);
             store(weight_factors[1] + i, weight * head.g.value.symmetric_center);
@@ -226,16 +245,20 @@ template <int ROWS> struct Batch {
         for (int pair = 0; pair < USED_PAIRS; pair++) state.sum[pair % ROWS] += weight_factors[2][pair];
     }
 
+    int lines_per_pair(const TensorSpec& spec) const {
+        return ((int)(dim / BLOCK) * softmax_lines(spec.bits) + ROWS - 1) / ROWS;
+    }
+
     void packed_chunk(int64_t block, int blocks, BlockLoop score, BlockLoop add_values) {
         const Geometry& g = head.g;
         int tiles = (int)(dim / BLOCK);
         score(g.key, block_pointers(g, head.buffers, 0, head.index(), block), tiles, blocks, query_fours,
-              {query_factors[0], query_factors[1], query_factors[2]}, ahead[0], scores);
+              {query_factors[0], query_factors[1], query_factors[2], starts}, ahead[0], scores);
         ahead[0] += blocks * tiles * dot_lines(g.key.bits) * 64;
         mask_all(g.sink + block * BLOCK, blocks * BLOCK, blocks * BLOCK);
         softmax_bytes(blocks);
         add_values(g.value, block_pointers(g, head.buffers, 1, head.index(), block), tiles, blocks, weight_fours,
-                   {weight_factors[0], weight_factors[1], weight_factors[2]}, ahead[1], state.out);
+                   {weight_factors[0], weight_factors[1], weight_factors[2], nullptr}, ahead[1], state.out);
         ahead[1] += blocks * tiles * dot_lines(g.value.bits) * 64;
     }
 
@@ -254,7 +277,7 @@ template <int ROWS> struct Batch {
 
     void exact_chunk(int64_t block, int blocks) {
         const Geometry& g = head.g;
-        std::fill(scores, scores + ROWS * CHUNK, 0.0f);
+        for (int r = 0; r < ROWS; r++) std::fill(scores + r * CHUNK, scores + (r + 1) * CHUNK, starts[r]);
         for (int side = 0; side < 2; side++) {
             const TensorSpec& spec = side ? g.value : g.key;
             for (int i = 0; i < blocks; i++) {
@@ -330,7 +353,8 @@ template <int ROWS> struct Batch {
 
     template <class T> void run_packed(int64_t block, int64_t blocks) {
         const Geometry& g = head.g;
-        load_query<T>(head.buffers.key_norm + head.index() * dim);
+        int64_t channels = head.index() * dim;
+        load_query<T>(head.buffers.key_norm + channels, head.buffers.key_center + channels);
         if (!head.request.exact) quantize_query();
         for (int side = 0; side < 2; side++) {
             ahead[side] = block_pointers(g, head.buffers, side, head.index(), block).codes;
@@ -347,7 +371,7 @@ template <int ROWS> struct Batch {
 
     template <class T> void run_windows(int64_t packed) {
         const Geometry& g = head.g;
-        load_query<T>(nullptr);
+        load_query<T>(nullptr, nullptr);
         int64_t ring = g.recent + g.flush;
         for (int64_t token = 0; token < head.row.held;) {
             bool in_sink = token < g.sink;

@@ -10,7 +10,9 @@
 
 namespace innerq {
 
+// In the order of config.py's MODES and ROPE_PAIRS.
 enum Mode : int32_t { SYMMETRIC, ASYMMETRIC, HYBRID };
+enum RopePairs : int32_t { HALF_APART, ADJACENT, NO_PAIRS };
 enum DType : int32_t { FLOAT32, BFLOAT16, FLOAT16, OTHER_DTYPE };  // in the order of settings.py's DTYPES
 
 struct Half { uint16_t bits; };
@@ -23,8 +25,8 @@ struct TensorSpec {
     float symmetric_center, symmetric_span;
 };
 struct Settings {
-    int64_t sink, recent, flush;
-    int32_t runtime_norm;
+    int64_t sink, recent, flush, center_min_tokens;
+    int32_t runtime_center, runtime_norm, norm_is_root, rope_pairs;
     TensorSpec key, value;
 };
 }

@@ -24,7 +24,9 @@ ReadSettings read_settings = nullptr;
 constexpr const char* BUFFER_NAMES[] = {"k_codes", "k_scales", "k_zeros",  "k_window",   "v_codes", "v_scales",
                                         "v_zeros", "v_window", "key_norm", "key_center", "counts"};
 constexpr int NUM_BUFFERS = std::size(BUFFER_NAMES);
-enum Buffer { K_CODES, K_SCALES, K_ZEROS, K_WINDOW, V_CODES, V_SCALES, V_ZEROS, V_WINDOW, KEY_NORM, KEY_CENTER, COUNTS };
+enum Buffer {
+    K_CODES, K_SCALES, K_ZEROS, K_WINDOW, V_CODES, V_SCALES, V_ZEROS, V_WINDOW, KEY_NORM, KEY_CENTER, COUNTS
+};
 
 struct Known {
     std::string config;

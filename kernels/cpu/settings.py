@@ -7,7 +7,8 @@ import functools
 
 import torch
 
-from innerq_compile.config import MODES, InnerQConfig, TensorQuantSpec
+from innerq_compile.config import MODES, ROPE_PAIRS, InnerQConfig, TensorQuantSpec
+from innerq_compile.quant import KEY_CENTER_MIN_TOKENS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """dtypes of a model, in the order of kernels.h's ``DType``."""
@@ -15,19 +16,23 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 512
 
 
-class _TensorSpec(ctypes.Structure):
+class TensorSpec(ctypes.Structure):
+    """kernels.h's ``TensorSpec``."""
+
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("bits", "mode", "symmetric_max_code", "asymmetric_max_code")),
         *((name, ctypes.c_float) for name in ("symmetric_center", "symmetric_span")),
     ]
 
 
-class _Settings(ctypes.Structure):
+class Settings(ctypes.Structure):
+    """kernels.h's ``Settings``."""
+
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("sink", "recent", "flush")),
-        ("runtime_norm", ctypes.c_int32),
-        ("key", _TensorSpec),
-        ("value", _TensorSpec),
+        *((name, ctypes.c_int64) for name in ("sink", "recent", "flush", "center_min_tokens")),
+        *((name, ctypes.c_int32) for name in ("runtime_center", "runtime_norm", "norm_is_root", "rope_pairs")),
+        ("key", TensorSpec),
+        ("value", TensorSpec),
     ]
 
 
@@ -38,16 +43,13 @@ def unsupported(config: InnerQConfig, head_dim: int, dtype: torch.dtype) -> str 
         return f"the CPU kernels know group_size 32, not {config.group_size}"
     if head_dim % 32 or not 32 <= head_dim <= MAX_HEAD_DIM:
         return f"the CPU kernels know head_dim in multiples of 32 up to {MAX_HEAD_DIM}, not {head_dim}"
-    root_alone = config.key_norm_exponent == 0.5 and config.rope_pairs == "off"
-    if config.key_center != "off" or (config.key_norm == "runtime" and not root_alone):
-        return "the CPU kernels know neither centred keys nor a key norm other than the published one"
     if dtype not in DTYPES:
         return f"the CPU kernels know float32, bfloat16 and float16 models, not {dtype}"
     return None
 
 
-@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int32, ctypes.POINTER(_Settings))
-def read_settings(spec: bytes, head_dim: int, dtype: int, settings: ctypes._Pointer[_Settings]) -> int:
+@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int32, ctypes.POINTER(Settings))
+def read_settings(spec: bytes, head_dim: int, dtype: int, settings: ctypes._Pointer[Settings]) -> int:
     """kernels.h's ``ReadSettings``: called once per config string, head_dim and dtype."""
     try:
         config = InnerQConfig.from_spec(spec.decode())
@@ -55,15 +57,16 @@ def read_settings(spec: bytes, head_dim: int, dtype: int, settings: ctypes._Poin
         return 0  # and the default implementation raises it again
     if unsupported(config, head_dim, DTYPES[dtype]):
         return 0
-    settings[0] = _Settings(
-        config.sink, config.recent, config.flush_tokens, config.key_norm == "runtime",
+    settings[0] = Settings(
+        config.sink, config.recent, config.flush_tokens, KEY_CENTER_MIN_TOKENS, config.key_center == "runtime",
+        config.key_norm == "runtime", config.key_norm_exponent == 0.5, ROPE_PAIRS.index(config.rope_pairs),
         _tensor_spec(config.key_spec), _tensor_spec(config.value_spec),
     )  # fmt: skip
     return 1
 
 
-def _tensor_spec(spec: TensorQuantSpec) -> _TensorSpec:
-    return _TensorSpec(
+def _tensor_spec(spec: TensorQuantSpec) -> TensorSpec:
+    return TensorSpec(
         spec.bits, MODES.index(spec.mode), spec.symmetric_max_code, spec.asymmetric_max_code,
         spec.symmetric_center, spec.symmetric_span,
     )  # fmt: skip

@@ -93,6 +93,16 @@ INNERQ_INLINE float max_lanes(Floats v) {
     return best;
 }
 
+INNERQ_INLINE bool any_above(Floats a, Floats b) {
+#if defined(INNERQ_AVX512)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#else
+    bool any = false;
+    for (int i = 0; i < LANES; i++) any |= a[i] > b[i];
+    return any;
+#endif
+}
+
 #if defined(__clang__)
 #define INNERQ_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else

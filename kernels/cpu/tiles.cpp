@@ -82,7 +82,8 @@ void score_blocks(const TensorSpec& spec, BlockPointers block, int tiles, int bl
                   const Factors& factors, const uint8_t* ahead, float* scores) {
     for (int i = 0; i < blocks; i++) {
         for (int sub = 0; sub < SUBS; sub++) {
-            Floats total[ROWS][2] = {};
+            Floats total[ROWS][2];
+            for (int r = 0; r < ROWS; r++) total[r][0] = total[r][1] = broadcast(factors.start[r]);
             for (int tile = 0; tile < tiles; tile++) {
                 DotProduct<BITS> sums[ROWS][2];
                 if (sub == 0) prefetch_tile<BITS, ZEROS>(block, tile, ahead);

@@ -10,11 +10,12 @@ constexpr int CHUNK_BLOCKS = 2;
 constexpr int CHUNK = CHUNK_BLOCKS * BLOCK;
 
 // Of one query row and group: a dot product with the row's signed bytes means `scale * (sums - center * total)`, where
-// `total` is the sum of the bytes; a zero adds `zero * scale * total`. Three arrays over the same index:
+// `total` is the sum of the bytes; a zero adds `zero * scale * total`. The first three arrays have the same index.
 struct Factors {
     const float* scale;     // float value of one integer step
     const float* centered;  // scale * symmetric_center * total
     const float* total;     // scale * total
+    const float* start;     // [rows], keys only: what a score starts with
 };
 
 // Prefetching. The hardware alone loses a stream whenever the loop turns from keys to values, and memory would idle
