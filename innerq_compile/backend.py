@@ -109,6 +109,7 @@ def register_kernels() -> None:
 
     cpu.register()
     triton.register()
+    triton.register_decompositions()
 
 
 def _needs_cpp_compiler(example_inputs: Sequence[Any]) -> bool:

@@ -5,8 +5,8 @@ import sys
 import warnings
 
 import pytest
+import torch
 
-from innerq_compile import ops
 from innerq_compile.kernels import triton as triton_kernels
 
 
@@ -21,20 +21,29 @@ def test_importing_and_registering_loads_no_triton() -> None:
 
 @pytest.fixture
 def no_triton(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("innerq_compile.kernels.triton.")]:
+        monkeypatch.delitem(sys.modules, name)
     for name in ("triton", "triton.language"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
-    for cached in (triton_kernels.unavailable, triton_kernels._tell_once_if_unavailable):
-        cached.cache_clear()
+    triton_kernels.unavailable.cache_clear()
     yield
-    for cached in (triton_kernels.unavailable, triton_kernels._tell_once_if_unavailable):
-        cached.cache_clear()
+    triton_kernels.unavailable.cache_clear()
 
 
-def test_without_triton_the_reference_runs_after_one_warning(no_triton, monkeypatch) -> None:
-    monkeypatch.setitem(ops.DEFAULTS, "append_kv", lambda *args: ("reference", args))
-    monkeypatch.setitem(ops.DEFAULTS, "dequantize_kv", lambda *args: ("reference", args))
+def test_without_triton_one_warning_says_that_the_reference_runs(no_triton) -> None:
     with pytest.warns(UserWarning, match="Triton kernels are off .* Triton cannot be imported"):
-        assert triton_kernels._lazy("append_kv")(1, 2) == ("reference", (1, 2))
+        assert "cannot be imported" in triton_kernels.unavailable()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert triton_kernels._lazy("dequantize_kv")(3) == ("reference", (3,))
+        assert triton_kernels.unavailable()
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key("innerq::append_kv", "CUDA")
+
+
+def test_with_triton_the_kernels_stand_under_the_device_key() -> None:
+    program = (
+        "import torch; from innerq_compile.kernels import triton; assert triton.unavailable() is None\n"
+        "for name in triton.OPS:\n"
+        "    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'innerq::{name}', 'CUDA')"
+    )
+    pytest.importorskip("triton")
+    subprocess.run([sys.executable, "-P", "-c", program], check=True)

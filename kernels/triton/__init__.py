@@ -1,6 +1,11 @@
 """Triton kernels for CUDA and ROCm (torch calls both devices ``cuda``): append_kv, dequantize_kv, decode_attention.
 
-Importing this package or calling :func:`register` imports no Triton; the first op call on such a device does.
+Importing this package or calling :func:`register` imports no Triton; the first op on such a device does. A call of an
+op then runs its launcher, registered under the CUDA key. In a graph on its way into Inductor the op is decomposed into
+its kernels instead (:func:`register_decompositions`), as ``torch.library.triton_op`` would do it: Inductor puts the
+kernels into its own code, sees which buffers they write, and packs them into an AOTInductor package, which then needs
+neither Python nor this project. Why not a ``triton_op``: it decomposes on every device, past the C++ kernels, and the
+passes match ops that exist before any Triton is imported.
 """
 
 from __future__ import annotations
@@ -15,53 +20,62 @@ import torch
 
 from innerq_compile import ops
 
-__all__ = ["register", "unavailable"]
+__all__ = ["register", "register_decompositions", "unavailable"]
 
-OPS: tuple[str, ...] = ("decode_attention",)
-"""Ops that have a kernel here: launcher ``op`` in module ``.op``, with the arguments of the op."""
+OPS: tuple[str, ...] = ("append_kv", "dequantize_kv", "decode_attention")
+"""Ops that have kernels here: the module of that name holds the launcher of that name, with the op's arguments."""
 
-_registered: list[torch.library.Library] = []
+_libraries: list[torch.library.Library] = []  # a registration lasts as long as its library
 
 
 def register() -> None:
-    """Attaches the kernels to the CUDA key of the ``innerq`` ops; a second call does nothing."""
-    if _registered:
-        return
-    library = torch.library.Library(ops.NAMESPACE, "IMPL", "CUDA")
+    """Lets the first ``innerq`` op on a GPU attach the kernels; a second call does nothing."""
+    ops.before_first_call("cuda", unavailable)
+
+
+@functools.cache
+def register_decompositions() -> None:
+    """Lets AOTAutograd see kernels in place of ops; a second call does nothing. Imports much, as compiling does."""
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+    library = torch.library.Library(ops.NAMESPACE, "IMPL")
     for name in OPS:
-        library.impl(name, _lazy(name))
-    _registered.append(library)
+        torch.library.register_torch_dispatch(f"{ops.NAMESPACE}::{name}", FunctionalTensorMode, decompose, lib=library)
+    _libraries.append(library)
 
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why Triton cannot be used here, or ``None`` when it can."""
+    """Why the kernels cannot run here, or ``None`` when they can (this imports Triton and attaches them)."""
     try:
-        import_module("triton.language")
+        launchers = {name: _launcher(name) for name in OPS}
     except ImportError as error:
-        return f"Triton cannot be imported: {error}"
+        reason = f"Triton cannot be imported: {error}"
+        warnings.warn(f"innerq: the Triton kernels are off and the slow reference runs instead: {reason}", stacklevel=4)
+        return reason
+    library = torch.library.Library(ops.NAMESPACE, "IMPL", "CUDA")
+    for name, launcher in launchers.items():
+        library.impl(name, launcher)
+    _libraries.append(library)
     return None
 
 
-def _lazy(name: str) -> Callable[..., Any]:
-    """The op's launcher; Triton is imported by the first call, and without it the reference stays in place."""
-    chosen: list[Callable[..., Any]] = []
+def decompose(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+    """Replaces an op on a GPU by its kernels while AOTAutograd traces; elsewhere, and in torch.export, keeps it."""
+    from torch.export._trace import custom_triton_ops_decomposition_disabled
 
-    def call(*args: Any) -> Any:
-        if not chosen:
-            chosen.append(ops.DEFAULTS[name] if _tell_once_if_unavailable() else _launcher(name))
-        return chosen[0](*args)
+    device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
+    if device != "cuda" or custom_triton_ops_decomposition_disabled() or unavailable():
+        return mode.__torch_dispatch__(op, types, args, kwargs or {})
+    name = op.name().split("::")[1].split(".")[0]
+    with mode:
+        return _launcher(name)(*args, **(kwargs or {}), launch=record)
 
-    return call
+
+def record(kernel: Any, grid: tuple[Any, ...], *args: Any, **options: Any) -> None:
+    """Puts the launch of a kernel into the graph that is being traced."""
+    torch.library.wrap_triton(kernel)[grid](*args, **options)
 
 
 def _launcher(name: str) -> Callable[..., Any]:
     return getattr(import_module(f"{__name__}.{name}"), name)
-
-
-@functools.cache
-def _tell_once_if_unavailable() -> bool:
-    reason = unavailable()
-    if reason:
-        warnings.warn(f"innerq: the Triton kernels are off and the slow reference runs instead: {reason}", stacklevel=4)
-    return reason is not None

@@ -30,6 +30,16 @@ def code_constants(prefix: str, spec: TensorQuantSpec) -> dict[str, Any]:
     return {f"{prefix}_{name}": value for name, value in values.items()}
 
 
+def quant_constants(prefix: str, spec: TensorQuantSpec) -> dict[str, Any]:
+    """What making codes takes on top: ``<prefix>_SPAN``, ``_MAX_CODE``, ``_ASYM_MAX_CODE``."""
+    return {
+        **code_constants(prefix, spec),
+        f"{prefix}_SPAN": float(spec.symmetric_span),
+        f"{prefix}_MAX_CODE": spec.symmetric_max_code,
+        f"{prefix}_ASYM_MAX_CODE": spec.asymmetric_max_code,
+    }
+
+
 def channel_slice(head_dim: int) -> int:
     """Channels per program: the largest power of two that divides ``head_dim``, so whole tiles and whole groups."""
     return min(head_dim & -head_dim, MAX_SLICE)
@@ -49,3 +59,22 @@ def split(args: tuple[Any, ...]) -> tuple[LayerState, int, InnerQConfig]:
     """The arguments of an op that follow its inputs: buffers, capacity, settings."""
     *buffers, capacity, spec = args
     return LayerState(*buffers), capacity, InnerQConfig.from_spec(spec)
+
+
+def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """x, copied if its last axis is strided."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def check_new_tokens(key: torch.Tensor, value: torch.Tensor, state: LayerState) -> None:
+    """Refuses keys and values whose shape is not the cache's.
+
+    Raises:
+        ValueError: Names both shapes.
+    """
+    batch, heads, _, head_dim = state.k_window.shape
+    if key.shape != value.shape or (*key.shape[:2], *key.shape[3:]) != (batch, heads, head_dim):
+        raise ValueError(
+            f"keys and values must both have shape [{batch}, {heads}, tokens, {head_dim}] to fit the cache, "
+            f"got {list(key.shape)} and {list(value.shape)}"
+        )

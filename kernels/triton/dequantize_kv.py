@@ -1,0 +1,103 @@
+"""dequantize_kv: the whole cache as keys and values, slot by slot.
+
+A program serves 32 slots that hold exactly one storage block of a row (slots are aligned to the row's own blocks, so
+left-padded rows cost nothing extra), of one slice of channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from innerq_compile import ops
+from innerq_compile.config import BLOCK
+from innerq_compile.kernels.triton.groups import dequantize_groups, load_zeros
+from innerq_compile.kernels.triton.launch import Launch, channel_slice, code_constants, run, split, unsupported
+from innerq_compile.kernels.triton.tiles import load_codes, window_slot
+from innerq_compile.layout import PADS, QUANTIZED, SLOTS
+
+_SLOTS, _QUANTIZED, _PADS = tl.constexpr(SLOTS), tl.constexpr(QUANTIZED), tl.constexpr(PADS)
+
+
+@triton.jit
+def dequantize_kv_kernel(
+    k_codes_ptr, k_scales_ptr, k_zeros_ptr, k_window_ptr,
+    v_codes_ptr, v_scales_ptr, v_zeros_ptr, v_window_ptr,
+    key_norm_ptr, key_center_ptr, counts_ptr, keys_ptr, values_ptr,
+    num_heads, num_blocks, capacity,
+    HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr,
+    K_BITS: tl.constexpr, K_MODE: tl.constexpr, K_CENTER: tl.constexpr,
+    V_BITS: tl.constexpr, V_MODE: tl.constexpr, V_CENTER: tl.constexpr,
+):  # fmt: skip
+    """Writes 32 slots of one head: dequantized, from the window, or 0 where no token is."""
+    head = tl.program_id(2).to(tl.int64)
+    first_channel = tl.program_id(1) * SLICE
+    counts_ptr += head // num_heads * 3
+    slots = tl.load(counts_ptr + _SLOTS)
+    quantized = tl.load(counts_ptr + _QUANTIZED)
+    pads = tl.load(counts_ptr + _PADS)
+
+    # Packed token i of the row stands in slot pads + SINK + i: this program's slots are those of one whole block.
+    first_slot = (pads + SINK) % 32 - 32 + 32 * tl.program_id(0).to(tl.int64)
+    first_token = first_slot - pads
+    block = (first_token - SINK) // 32
+    is_packed = (first_token >= SINK) & (first_token - SINK < quantized)
+
+    rows = tl.arange(0, 32)
+    channels = first_channel + tl.arange(0, SLICE)
+    slot = first_slot + rows
+    is_slot = ((slot >= 0) & (slot < capacity))[:, None]
+    out = (head * capacity + slot)[:, None] * HEAD_DIM + channels[None, :]
+    if is_packed:
+        norm = tl.load(key_norm_ptr + head * HEAD_DIM + channels)
+        center = tl.load(key_center_ptr + head * HEAD_DIM + channels)
+        block += head * num_blocks
+        tile = (block * HEAD_DIM + first_channel) // 32
+
+        codes = load_codes(k_codes_ptr + tile * (128 * K_BITS), 0, 128 * K_BITS, K_BITS, 1, SLICE // 32)
+        codes = tl.reshape(codes, [32, SLICE // GROUP, GROUP])
+        group = (block * HEAD_DIM + first_channel) // GROUP + tl.arange(0, SLICE // GROUP)
+        offsets = group[None, :] * 32 + rows[:, None]
+        scales = tl.load(k_scales_ptr + offsets)
+        zeros = load_zeros(k_zeros_ptr + offsets, scales, K_MODE)
+        keys = tl.reshape(dequantize_groups(codes, scales, zeros, K_MODE, K_CENTER), [32, SLICE])
+        keys = keys * norm[None, :] + center[None, :]
+        tl.store(keys_ptr + out, keys.to(keys_ptr.dtype.element_ty), mask=is_slot)
+
+        # A group of 64 or 128 tokens covers several blocks: then a block lies in one group.
+        LENGTH: tl.constexpr = min(GROUP, 32)
+        codes = load_codes(v_codes_ptr + tile * (128 * V_BITS), 128 * V_BITS, 0, V_BITS, SLICE // 32, 1)
+        codes = tl.reshape(codes, [SLICE, 32 // LENGTH, LENGTH])
+        group = block * 32 // GROUP + tl.arange(0, 32 // LENGTH)
+        offsets = group[None, :] * HEAD_DIM + channels[:, None]
+        scales = tl.load(v_scales_ptr + offsets)
+        zeros = load_zeros(v_zeros_ptr + offsets, scales, V_MODE)
+        values = tl.reshape(dequantize_groups(codes, scales, zeros, V_MODE, V_CENTER), [SLICE, 32])
+        tl.store(values_ptr + tl.trans(out), values.to(values_ptr.dtype.element_ty), mask=tl.trans(is_slot))
+    else:
+        token = slot - pads
+        is_held = ((token >= 0) & (slot < slots))[:, None]
+        stored = window_slot(token, SINK, RING)
+        window = (head * (SINK + RING) + stored)[:, None] * HEAD_DIM + channels[None, :]
+        tl.store(keys_ptr + out, tl.load(k_window_ptr + window, mask=is_held, other=0.0), mask=is_slot)
+        tl.store(values_ptr + out, tl.load(v_window_ptr + window, mask=is_held, other=0.0), mask=is_slot)
+
+
+def dequantize_kv(*args: Any, launch: Launch = run) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`innerq_compile.reference.dequantize_kv`."""
+    state, capacity, config = split(args)
+    if unsupported(state):
+        return ops.DEFAULTS["dequantize_kv"](*args)
+    batch, heads, _, head_dim = state.k_window.shape
+    width = channel_slice(head_dim)
+    keys, values = (window.new_empty((batch, heads, capacity, head_dim)) for window in (state.k_window, state.v_window))
+    grid = (capacity // BLOCK + 2, head_dim // width, batch * heads)
+    launch(
+        dequantize_kv_kernel, grid, *state, keys, values, heads, state.k_codes.shape[2], capacity,
+        HEAD_DIM=head_dim, SLICE=width, GROUP=config.group_size, SINK=config.sink, RING=config.ring,
+        **code_constants("K", config.key_spec), **code_constants("V", config.value_spec),
+    )  # fmt: skip
+    return keys, values

@@ -1,0 +1,120 @@
+"""Device functions between numbers and codes of whole groups, every rounding as :mod:`innerq_compile.quant` defines it.
+
+Bit for bit without any compiler option: divisions and roots round to nearest, a product that a sum follows is exact
+(11 bits of a scale times 9 of a code), so fusing the two changes nothing, and sums halve their axis.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_FP32_MAX = tl.constexpr(3.4028234663852886e38)
+_FP16_MAX = tl.constexpr(65504.0)
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves an integer, rounded half to even, in the low bits
+
+
+@triton.jit
+def is_finite(x):
+    """Whether each float32 is neither infinite nor NaN."""
+    return tl.abs(x) <= _FP32_MAX
+
+
+@triton.jit
+def quantize_groups(
+    x, MODE: tl.constexpr, CENTER: tl.constexpr, SPAN: tl.constexpr,
+    MAX_CODE: tl.constexpr, ASYM_MAX_CODE: tl.constexpr,
+):  # fmt: skip
+    """Groups float32 [X, G, g] to codes int32 [X, G, g], scales and zeros float16 [X, G] (no meaning without zeros)."""
+    x = tl.where(is_finite(x), x, 0.0)
+    if MODE == 0:
+        codes, scales = _quantize_symmetric(x, CENTER, SPAN, MAX_CODE)
+        zeros = scales
+    elif MODE == 1:
+        codes, scales, zeros = _quantize_asymmetric(x, ASYM_MAX_CODE)
+    else:
+        codes, scales = _quantize_symmetric(x, CENTER, SPAN, MAX_CODE)
+        asym_codes, asym_scales, zeros = _quantize_asymmetric(x, ASYM_MAX_CODE)
+        error = x - _per_group(scales) * (codes.to(tl.float32) - CENTER)
+        asym_error = x - (_per_group(asym_scales) * asym_codes.to(tl.float32) + _per_group(zeros))
+        symmetric = _tree_sum(tl.abs(error)) < _tree_sum(tl.abs(asym_error))
+        codes = tl.where(tl.expand_dims(symmetric, 2), codes, asym_codes)
+        negated = (asym_scales.to(tl.int16, bitcast=True) | -32768).to(tl.float16, bitcast=True)
+        scales = tl.where(symmetric, scales, negated)
+        zeros = tl.where(symmetric, 0.0, zeros)
+    return codes, scales, zeros
+
+
+@triton.jit
+def dequantize_groups(codes, scales, zeros, MODE: tl.constexpr, CENTER: tl.constexpr):
+    """``x = s * (u - c0) + z``: codes int32 [X, G, g], scales and zeros float16 [X, G] to float32 [X, G, g]."""
+    u = codes.to(tl.float32)
+    if MODE == 0:
+        x = _per_group(scales) * (u - CENTER)
+    elif MODE == 1:
+        x = _per_group(scales) * u + _per_group(zeros)
+    else:
+        # The sign bit marks an asymmetric group, also on a scale of -0.0.
+        center = tl.where(scales.to(tl.int16, bitcast=True) < 0, 0.0, CENTER)
+        x = tl.abs(_per_group(scales)) * (u - tl.expand_dims(center, 2)) + _per_group(zeros)
+    return x
+
+
+@triton.jit
+def load_zeros(zeros_ptrs, scales, MODE: tl.constexpr):
+    """The zeros [X, G] beside the scales; where the mode stores none, the scales stand in for them."""
+    zeros = scales
+    if MODE != 0:
+        zeros = tl.load(zeros_ptrs)
+    return zeros
+
+
+@triton.jit
+def _quantize_symmetric(x, CENTER: tl.constexpr, SPAN: tl.constexpr, MAX_CODE: tl.constexpr):
+    scales = _to_fp16(tl.div_rn(tl.max(tl.abs(x), 2), SPAN))
+    return _round_to_codes(_safe_divide(x, scales) + CENTER, MAX_CODE), scales
+
+
+@triton.jit
+def _quantize_asymmetric(x, MAX_CODE: tl.constexpr):
+    low, high = tl.min(x, 2), tl.max(x, 2)
+    zeros = _to_fp16(low)
+    scales = _to_fp16(tl.div_rn(high - low, MAX_CODE * 1.0))
+    return _round_to_codes(_safe_divide(x - _per_group(zeros), scales), MAX_CODE), scales, zeros
+
+
+@triton.jit
+def _per_group(x):
+    """float16 [X, G] as float32 [X, G, 1]."""
+    return tl.expand_dims(x.to(tl.float32), 2)
+
+
+@triton.jit
+def _to_fp16(x):
+    return tl.minimum(tl.maximum(x, -_FP16_MAX), _FP16_MAX).to(tl.float16)
+
+
+@triton.jit
+def _safe_divide(x, scales):
+    """x / s, and 0 for every member of a group whose stored scale is zero."""
+    s = _per_group(scales)
+    return tl.where(s > 0, tl.div_rn(x, tl.where(s > 0, s, 1.0)), 0.0)
+
+
+@triton.jit
+def _round_to_codes(u, MAX_CODE: tl.constexpr):
+    u = tl.minimum(tl.maximum(u, 0.0), MAX_CODE * 1.0)
+    return (u + _ROUND).to(tl.int32, bitcast=True) & 0xFF
+
+
+@triton.jit
+def _tree_sum(x):
+    """Sum over the last axis (a power of two) by halving, so that no reduction order of the compiler matters."""
+    X: tl.constexpr = x.shape[0]
+    G: tl.constexpr = x.shape[1]
+    LENGTH: tl.constexpr = x.shape[2]
+    if LENGTH == 1:
+        total = tl.reshape(x, [X, G])
+    else:
+        total = _tree_sum(tl.sum(tl.reshape(x, [X, G, 2, LENGTH // 2]), 2))
+    return total
