@@ -10,8 +10,8 @@ import functools
 from typing import Any
 
 import torch
-
 import triton
+
 from innerq_compile import ops
 from innerq_compile.config import BLOCK, InnerQConfig
 from innerq_compile.kernels.triton.decode_attention_kernels import combine_kernel, decode_attention_kernel

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from innerq_compile.kernels.triton.operands import code_offset, load_high_shifts, load_operand, place
 
 _LOG2E = tl.constexpr(1.4426950408889634)

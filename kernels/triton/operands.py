@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from innerq_compile.kernels.triton.packed_ops import bits_or, select_bits, shift_left, shift_right
 
 
