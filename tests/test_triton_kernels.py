@@ -18,28 +18,14 @@ from innerq_compile.layout import PADS, QUANTIZED, SLOTS, LayerState, allocate_s
 pytest.importorskip("triton.language")
 from innerq_compile.kernels.triton.append_kv import append_kv  # noqa: E402
 from innerq_compile.kernels.triton.dequantize_kv import dequantize_kv  # noqa: E402
+from innerq_compile.kernels.triton.interpreter import repair  # noqa: E402
 from innerq_compile.kernels.triton.launch import run  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
+repair()
+
 SMALL = {"sink": 5, "recent": 20}  # few tokens for the interpreter, and a sink that is no multiple of a block
-
-
-@pytest.fixture(autouse=True)
-def right_bfloat16(monkeypatch):
-    """Triton's interpreter rounds float32 to bfloat16 wrongly (ties, and carries into the exponent are lost)."""
-    if ON_GPU:
-        return
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def convert_float(data, input_dtype, output_dtype, rounding_mode):
-        if output_dtype.name == "bf16" and input_dtype.name == "fp32":
-            return torch.from_numpy(data).bfloat16().view(torch.int16).numpy().view("uint16").reshape(data.shape)
-        return convert(data, input_dtype, output_dtype, rounding_mode)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert_float)
 
 
 class Twins:

@@ -1,5 +1,6 @@
 """How the Triton kernels attach to the ops: lazily, and not at all where there is no Triton."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -12,8 +13,7 @@ from innerq_compile.kernels import triton as triton_kernels
 
 def test_importing_and_registering_loads_no_triton() -> None:
     program = (
-        "import sys, innerq_compile; from innerq_compile import InnerQCache\n"
-        "import innerq_compile.kernels.triton as t; t.register(); t.register()\n"
+        "import sys, innerq_compile.kernels.triton as t; t.register(); t.register()\n"
         "sys.exit(any(name.split('.')[0] == 'triton' and 'innerq' not in name for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-P", "-c", program]).returncode == 0
@@ -47,3 +47,59 @@ def test_with_triton_the_kernels_stand_under_the_device_key() -> None:
     )
     pytest.importorskip("triton")
     subprocess.run([sys.executable, "-P", "-c", program], check=True)
+
+
+TRACE = """
+import torch, triton
+from torch._functorch.aot_autograd import aot_function, make_boxed_func
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from innerq_compile import ops
+from innerq_compile.config import InnerQConfig
+from innerq_compile.kernels import triton as kernels
+from innerq_compile.layout import LayerState, allocate_state
+
+
+class Driver:  # what Triton asks of a GPU to translate a kernel, which tells torch what the kernel writes
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+triton.runtime.driver.set_active(Driver())
+kernels.is_on_gpu = lambda args: True
+kernels.register_decompositions()
+config, capacity = InnerQConfig(), 1024
+
+
+def step(key, value, *state):
+    ops.append_kv(key, value, *state, capacity, config.spec)
+    return ops.dequantize_kv(*state, capacity, config.spec)
+
+
+def show(gm, inputs):
+    for node in gm.graph.nodes:
+        if "triton_kernel_wrapper" in str(node.target):
+            print(*sorted(node.kwargs["tensors_to_clone"]))
+        elif node.op == "call_function" and "getitem" not in str(node.target):
+            print(node.target)
+    return make_boxed_func(gm.forward)
+
+
+with FakeTensorMode(), torch.no_grad():
+    state = allocate_state(config, batch_size=1, num_kv_heads=2, head_dim=64, capacity=capacity, dtype=torch.bfloat16,
+                           device="cpu")
+    key = torch.empty(1, 2, 1, 64, dtype=torch.bfloat16)
+    aot_function(step, fw_compiler=show)(key, key.clone(), *state)
+"""
+
+
+def test_a_graph_for_inductor_holds_the_kernels_and_what_they_write() -> None:
+    """A decode step: one kernel that changes the buffers it should, then one that writes two new tensors."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-P", "-c", TRACE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    written = "counts_ptr k_codes_ptr k_scales_ptr k_window_ptr key_center_ptr key_norm_ptr v_codes_ptr v_scales_ptr"
+    assert done.stdout.splitlines() == [
+        f"{written} v_window_ptr", "aten.new_empty.default", "aten.new_empty.default", "keys_ptr values_ptr"
+    ]  # fmt: skip

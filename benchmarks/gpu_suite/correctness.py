@@ -89,6 +89,7 @@ def run(context: Context) -> None:
 def kernel_of(context: Context, name: str) -> Callable[..., Any]:
     """The op; in the first part of a dry run its Triton launcher, where it has one, in Triton's interpreter."""
     if context.dry and context.part == "base" and name in triton.OPS:
+        import_module(f"{triton.__name__}.interpreter").repair()
         return getattr(import_module(f"{triton.__name__}.{name}"), name)
     return getattr(ops, name)
 

@@ -64,12 +64,16 @@ def decompose(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dic
     """Replaces an op on a GPU by its kernels while AOTAutograd traces; elsewhere, and in torch.export, keeps it."""
     from torch.export._trace import custom_triton_ops_decomposition_disabled
 
-    device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
-    if device != "cuda" or custom_triton_ops_decomposition_disabled() or unavailable():
+    if not is_on_gpu(args) or custom_triton_ops_decomposition_disabled() or unavailable():
         return mode.__torch_dispatch__(op, types, args, kwargs or {})
     name = op.name().split("::")[1].split(".")[0]
     with mode:
         return _launcher(name)(*args, **(kwargs or {}), launch=record)
+
+
+def is_on_gpu(args: tuple[Any, ...]) -> bool:
+    """Whether an op's tensors lie on a device that these kernels serve."""
+    return next(x.device.type for x in args if isinstance(x, torch.Tensor)) == "cuda"
 
 
 def record(kernel: Any, grid: tuple[Any, ...], *args: Any, **options: Any) -> None:

@@ -1,0 +1,193 @@
+"""What only a GPU can show: the ops on the device, CUDA graphs over a growing cache, whole models, an AOT package.
+
+``make gpu`` runs this file; it skips itself where there is no GPU. tests/test_triton_*.py run there too, on the device.
+"""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import DynamicCache
+
+from innerq_compile import InnerQCache, ops, reference
+from innerq_compile.backend import register_kernels
+from innerq_compile.config import InnerQConfig
+from innerq_compile.layout import QUANTIZED, SLOTS, LayerState, allocate_state
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+CAPACITY = 512
+SETTINGS = [
+    {},
+    {"key_bits": 4, "value_bits": 2, "value_mode": "hybrid", "rope_pairs": "half"},
+    {"key_bits": 8, "value_bits": 8, "group_size": 64, "key_mode": "asymmetric"},
+]
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    register_kernels()
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def empty(config, device, dtype=torch.bfloat16, heads=2, head_dim=128):
+    return allocate_state(
+        config, batch_size=1, num_kv_heads=heads, head_dim=head_dim, capacity=CAPACITY, dtype=dtype, device=device
+    )
+
+
+def tokens(count, seed=0, dtype=torch.bfloat16, heads=2, head_dim=128):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, heads, count, head_dim, generator=generator).to(dtype) for _ in range(2)]
+
+
+def check_same(expected, got):
+    for name, x, y in zip(LayerState._fields, expected, got, strict=True):
+        assert torch.equal(x, y.cpu()), f"{name} differs"
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_eager_ops_follow_the_reference_without_a_host_sync(settings):
+    config = InnerQConfig(**settings)
+    expected, got = empty(config, "cpu"), empty(config, "cuda")
+    for seed, count in enumerate((200, 1, 1, 31, 40)):
+        key, value = tokens(count, seed)
+        reference.append_kv(key, value, expected, config)
+        key, value = key.cuda(), value.cuda()
+        ops.append_kv(key, value, *got, CAPACITY, config.spec)  # the first call compiles, which may synchronize
+        check_same(expected, got)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.append_kv(key[:, :, :1], value[:, :, :1], *got, CAPACITY, config.spec)
+        dequantized = ops.dequantize_kv(*got, CAPACITY, config.spec)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    reference.append_kv(key[:, :, :1].cpu(), value[:, :, :1].cpu(), expected, config)
+    check_same(expected, got)
+    for x, y in zip(reference.dequantize_kv(expected, config, CAPACITY), dequantized, strict=True):
+        assert torch.equal(x, y.cpu())
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_one_graph_replayed_serves_every_length(settings):
+    """Captured once on an empty cache, replayed across several flushes."""
+    config = InnerQConfig(**settings)
+    expected, got = empty(config, "cpu"), empty(config, "cuda")
+    key, value = (x.cuda() for x in tokens(1))
+    query = torch.randn(1, 8, 1, 128, dtype=torch.bfloat16, device="cuda")
+
+    def step():
+        ops.append_kv(key, value, *got, CAPACITY, config.spec)
+        return ops.decode_attention(query, *got, None, 128**-0.5, CAPACITY, config.spec)
+
+    step()  # compiles
+    for buffer, fresh in zip(got, empty(config, "cuda"), strict=True):
+        buffer.copy_(fresh)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for index in range(config.sink + config.recent + 2 * config.flush_tokens + 3):
+        new_key, new_value = tokens(1, index)
+        reference.append_kv(new_key, new_value, expected, config)
+        key.copy_(new_key)
+        value.copy_(new_value)
+        graph.replay()
+    check_same(expected, got)
+    assert got.counts[0, QUANTIZED] == 2 * config.flush_tokens
+    again = ops.decode_attention(query, *got, None, 128**-0.5, CAPACITY, config.spec)
+    assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_compiled_ops_change_the_same_buffers(mode, count):
+    """Through Inductor, which gets the kernels in place of the ops; compiled once, for every length."""
+    config = InnerQConfig(value_bits=2, value_mode="hybrid")
+    expected, got = empty(config, "cpu"), empty(config, "cuda")
+    for buffer in got:
+        torch._dynamo.mark_static_address(buffer)
+
+    def step(key, value, *state):
+        ops.append_kv(2 * key, value, *state, CAPACITY, config.spec)
+        keys, values = ops.dequantize_kv(*state, CAPACITY, config.spec)
+        return keys + 0, values + 0
+
+    compiled = torch.compile(step, backend="innerq", mode=mode, fullgraph=True)
+    for seed in range(200 // count):
+        key, value = tokens(count, seed)
+        reference.append_kv(2 * key, value, expected, config)
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.no_grad():
+            found = compiled(key.cuda(), value.cuda(), *got)
+    check_same(expected, got)
+    # Inductor may fuse the product with the key norm and the sum with the center: one rounding of float32 less.
+    for x, y in zip(reference.dequantize_kv(expected, config, CAPACITY), found, strict=True):
+        torch.testing.assert_close(y.cpu(), x, rtol=torch.finfo(x.dtype).eps, atol=0.0)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+def logits_of(model, cache, steps, compile_arguments=None):
+    """Logits of a decode that is fed fixed tokens, so that a near tie cannot make two runs diverge."""
+    ids = torch.randint(0, 256, (1, 150 + steps), generator=torch.Generator().manual_seed(1)).cuda()
+    forward = model if compile_arguments is None else torch.compile(model, **compile_arguments)
+    with torch.no_grad():
+        logits = [model(ids[:, :150], past_key_values=cache).logits[:, -1]]
+        for index in range(150, 150 + steps):
+            torch.compiler.cudagraph_mark_step_begin()
+            logits.append(forward(ids[:, index : index + 1], past_key_values=cache).logits[:, -1].clone())
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compile_argumentsl_equals_eager_model_with_the_same_cache(tiny_model, tiny_config, mode):
+    """60 steps over two flushes, compiled once. A key that rounds differently may move to the next code, so the two
+    differ by less than quantization itself does, which is measured against the cache of the model's own dtype.
+    """
+    model = tiny_model.cuda()
+    eager = logits_of(model, InnerQCache(tiny_config, max_cache_len=CAPACITY), 60)
+    unquantized = logits_of(model, DynamicCache(config=tiny_config), 60)
+    options = {"exact": True, "triton.cudagraphs": mode is not None}
+    compiled = {"backend": "innerq", "fullgraph": True, "options": options}
+    fast = logits_of(model, InnerQCache(tiny_config, max_cache_len=CAPACITY), 60, compiled)
+    assert (fast - eager).abs().max() < (eager - unquantized).abs().max()
+    assert (fast - eager).abs().mean() < (eager - unquantized).abs().mean() / 10
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_generate_on_the_device(tiny_model, tiny_config):
+    """The same tokens from generate() compiled and not; and the cache is used, not transformers' own."""
+    model = tiny_model.cuda()
+    ids = torch.randint(0, 256, (1, 150), generator=torch.Generator().manual_seed(0)).cuda()
+    settings = {"max_new_tokens": 50, "do_sample": False}
+    caches = [InnerQCache(tiny_config, max_cache_len=CAPACITY) for _ in range(2)]
+    eager = model.generate(ids, past_key_values=caches[0], **settings)
+    model.compile(backend="innerq", options={"exact": True})
+    fast = model.generate(ids, past_key_values=caches[1], **settings)
+    assert torch.equal(eager, fast)
+    assert caches[1].layers[0].state.counts[0].tolist()[:2] == [199, 64]
+    exact = model.generate(ids, past_key_values=DynamicCache(config=tiny_config), **settings)
+    assert exact.shape == fast.shape
+
+
+def test_more_than_two_billion_elements():
+    """Buffers beyond 2**31 elements on the device: the last head is written and read where it should be."""
+    config = InnerQConfig(key_bits=8, value_bits=8)
+    free = torch.cuda.mem_get_info()[0]
+    heads, capacity = 16, 1_200_000
+    if free < 8 * heads * capacity * 128:
+        pytest.skip("needs 20 GB of free memory")
+    state = allocate_state(
+        config, batch_size=1, num_kv_heads=heads, head_dim=128, capacity=capacity, dtype=torch.bfloat16, device="cuda"
+    )
+    assert state.k_codes.numel() > 2**31
+    small = empty(config, "cpu", heads=heads)
+    key, value = tokens(300, heads=heads)
+    reference.append_kv(key, value, small, config)
+    ops.append_kv(key.cuda(), value.cuda(), *state, capacity, config.spec)
+    assert state.counts[0, SLOTS] == 300
+    for name in ("k_codes", "k_scales", "v_codes", "v_scales"):
+        expected, got = getattr(small, name), getattr(state, name)
+        assert torch.equal(expected, got[:, :, : expected.shape[2]].cpu()), name
+        assert not got[:, :, expected.shape[2] :].any()
