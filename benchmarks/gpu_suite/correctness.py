@@ -24,6 +24,12 @@ from innerq_compile.layout import PADS, SLOTS, LayerState, allocate_state
 Kernel: TypeAlias = Callable[..., Any]
 
 
+FEW = ((1, "none", False), (5, "bool", True))
+SOME = (*FEW, (1, "bool", False), (1, "none", True))
+ALL = tuple(itertools.product((1, 5), ("none", "bool", "additive"), (False, True)))
+"""(query tokens, mask, exact) of the attention that a setup is checked with: each is a kernel to compile."""
+
+
 class Setup(NamedTuple):
     """A cache and the tokens that it is given, chunk by chunk."""
 
@@ -36,7 +42,7 @@ class Setup(NamedTuple):
     pads: int = 3
     chunks: tuple[int, ...] = (300, 1, 1, 31, 64, 1)
     capacity: int = 512
-    thorough: bool = False
+    calls: tuple[tuple[int, str, bool], ...] = FEW
 
 
 def setups(part: str, dry: bool) -> Iterator[Setup]:
@@ -48,9 +54,9 @@ def setups(part: str, dry: bool) -> Iterator[Setup]:
             yield Setup(config, *shapes[0], dtype=torch.float16, chunks=(200, 1, 31), capacity=256)
         else:
             for shape in shapes:
-                yield Setup(config, *shape)
+                yield Setup(config, *shape, calls=SOME if shape == shapes[0] else FEW)
             yield Setup(config, 32, 8, 128, chunks=(2900, 1, 33, 1), capacity=3072)
-            yield Setup(config, 8, 2, 128, torch.float16, pads=0, thorough=part in ("base", "hybrid"))
+            yield Setup(config, 8, 2, 128, torch.float16, pads=0, calls=ALL if part in ("base", "hybrid") else FEW)
     elif part == "asymmetric":
         for bits in (3,) if dry else (2, 3, 4, 8):
             for mode in ("asymmetric", "hybrid"):
@@ -71,7 +77,7 @@ def setups(part: str, dry: bool) -> Iterator[Setup]:
         ]
         for settings, shape in options[:3] if dry else options:
             config = InnerQConfig(**settings)
-            yield Setup(config, *shape, dtype=torch.float32, thorough=dry or not settings)
+            yield Setup(config, *shape, dtype=torch.float32, calls=FEW if settings and not dry else ALL)
 
 
 def run(context: Context) -> None:
@@ -137,7 +143,6 @@ def _check_decode(setup: Setup, device: torch.device, decode_attention: Kernel) 
     keys, values = reference.dequantize_kv(state, config, setup.capacity, torch.float64)
     sm_scale = setup.head_dim**-0.5
     generator = torch.Generator().manual_seed(1)
-    combinations = _combinations(setup)
     for q_len in (1, 5):
         query = torch.randn(setup.batch, setup.q_heads, q_len, setup.head_dim, generator=generator).to(setup.dtype)
         for kind, mask in _masks(setup, q_len, generator).items():
@@ -147,7 +152,7 @@ def _check_decode(setup: Setup, device: torch.device, decode_attention: Kernel) 
             if not torch.allclose(plain.float(), wanted.float(), rtol=2 * torch.finfo(wanted.dtype).eps):
                 raise AssertionError("the suite's own float64 attention differs from the reference")
             for exact in (False, True):
-                if (q_len, kind, exact) not in combinations:
+                if (q_len, kind, exact) not in setup.calls:
                     continue
                 on_device = None if mask is None else mask.to(device)
                 out = decode_attention(
@@ -158,13 +163,6 @@ def _check_decode(setup: Setup, device: torch.device, decode_attention: Kernel) 
                     "ok": checked.ok, "q_len": q_len, "mask": kind, "exact": exact, "error": checked.error,
                     "budget": checked.budget,
                 }  # fmt: skip
-
-
-def _combinations(setup: Setup) -> list[tuple[int, str, bool]]:
-    """(query tokens, mask, exact): all of them for a thorough setup, else a choice: each is a kernel to compile."""
-    if setup.thorough:
-        return list(itertools.product((1, 5), ("none", "bool", "additive"), (False, True)))
-    return [(1, "none", False), (1, "bool", False), (5, "bool", True), (1, "none", True)]
 
 
 def _masks(setup: Setup, q_len: int, generator: torch.Generator) -> dict[str, torch.Tensor | None]:

@@ -71,7 +71,7 @@ SECTIONS = (
         together=True,
     ),  # fmt: skip
     Section("decode", "Decode attention of one layer", 90, least=60, parts=("gqa", "mha")),
-    Section("products", "The paper's experiment: both products alone", 60, least=25),
+    Section("products", "The paper's experiment: both products alone", 70, least=25),
     Section("append", "Append and prefill quantization", 30, least=10),
     Section("memory", "Largest batch and context", 20, least=5),
     Section("end_to_end", "Whole models", 170, least=60, parts=END_TO_END, held=True),

@@ -131,8 +131,9 @@ def _packed_ways(
             calls[f"dp4a {block}x{steps}"] = lambda p, block=block, steps=steps: kernel(x, p, steps, block)
     matrices = product_launch.qk_matrices if keys else product_launch.av_matrices
     for int8 in (True, False):
-        # One query per head wastes 15 of 16 rows; there the better cut of one width is enough.
-        for block, steps in _cuts(context, heads, blocks, (2,) if x.shape[1] == 1 else (2, 4)):
+        # One query per head wastes 15 of 16 rows; there one cut is enough.
+        cuts = _cuts(context, heads, blocks, (2,), (8,)) if x.shape[1] == 1 else _cuts(context, heads, blocks, (2, 4))
+        for block, steps in cuts:
             method = f"mma {'int8' if int8 else 'fp16'} {block}x{steps}"
             calls[method] = lambda p, block=block, steps=steps, int8=int8: matrices(x, p, steps, block, int8)
     yield from _checked(name, product, calls, many, wanted, budgets, budgets[""], packed.bytes, failed)
@@ -160,14 +161,20 @@ def _checked(
         yield Way(layout, product, method, turn, len(many), size, error, allowed)
 
 
-def _cuts(context: Context, heads: int, blocks: int, widths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+def _cuts(
+    context: Context,
+    heads: int,
+    blocks: int,
+    widths: tuple[int, ...],
+    programs_per_sm: tuple[int, ...] = PROGRAMS_PER_SM,
+) -> Iterator[tuple[int, int]]:
     """(blocks at once, steps of a program): how many programs share a head's blocks; the kernels leave no rest."""
     multiprocessors = 2
     if context.device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(context.device).multi_processor_count
     found = set()
     for width in widths:
-        for programs in PROGRAMS_PER_SM:
+        for programs in programs_per_sm:
             steps = 1
             while blocks % (2 * steps * width) == 0 and heads * blocks > 2 * steps * width * multiprocessors * programs:
                 steps *= 2
