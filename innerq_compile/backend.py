@@ -15,18 +15,27 @@ from typing import Any
 import torch
 from torch import fx
 
+from innerq_compile.config import PRESETS, InnerQConfig
 from innerq_compile.passes import run_passes
+from innerq_compile.passes.capture_static_cache import capture_static_cache
+from innerq_compile.passes.dynamic_cache import find_dynamic_caches
 from innerq_compile.passes.fold_captured import fold_captured
-from innerq_compile.passes.foreign_caches import foreign_caches
+from innerq_compile.shadow import watched
 
 logger = logging.getLogger(__name__)
 
-OWN_OPTIONS: dict[str, Any] = {"fuse": True, "exact": False, "key_norm": "runtime"}
+OWN_OPTIONS: dict[str, Any] = {"fuse": True, "exact": False, "key_norm": "runtime", "static_cache": "base"}
 """Options that are ours, with their defaults. ``fuse`` rewrites the graph; ``exact`` forbids kernels to round queries
 and probabilities to integers; ``key_norm="folded"`` folds the key norm into the model's weights, in place, with the
-first prompt that is compiled. Every other key belongs to ``torch._inductor.config``."""
+first prompt that is compiled; ``static_cache`` is the preset of the packed copies beside a ``StaticCache``; ``"off"``
+leaves it alone. Every other key belongs to ``torch._inductor.config``."""
 
-CHOICES: dict[str, tuple[Any, ...]] = {"fuse": (True, False), "exact": (True, False), "key_norm": ("runtime", "folded")}
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "fuse": (True, False),
+    "exact": (True, False),
+    "key_norm": ("runtime", "folded"),
+    "static_cache": (*PRESETS, "off"),
+}
 
 
 def innerq(
@@ -53,18 +62,36 @@ def innerq(
     patches = {**mode_options(mode), **inductor}
     if own["key_norm"] == "folded":
         fold_captured(gm, example_inputs)
-    if own["fuse"]:
-        report = run_passes(gm, exact=own["exact"]) + foreign_caches(gm.graph)
-        logger.info("%s", report)
-        if report.note:
-            _tell_once(report.note)
+    buffers = _rewrite(gm, own) if own["fuse"] else []
     if _needs_cpp_compiler(example_inputs) and not cpp_compiler_works():
         _tell_once_that_nothing_is_compiled()
-        return gm.forward
-    register_kernels()
-    from torch._inductor.compile_fx import compile_fx  # here: a second of imports that only compiling needs
+        compiled: Callable[..., Any] = gm.forward
+    else:
+        register_kernels()
+        from torch._inductor.compile_fx import compile_fx  # here: a second of imports that only compiling needs
 
-    return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[return-value]
+        compiled = compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[assignment]
+    return watched(compiled, buffers) if buffers else compiled
+
+
+def _rewrite(gm: fx.GraphModule, own: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Runs the passes and tells what became of the graph.
+
+    Returns:
+        The inputs that the packed copies of a ``StaticCache`` belong to, see :func:`innerq_compile.shadow.watched`.
+    """
+    report = run_passes(gm, exact=own["exact"])
+    buffers: list[tuple[int, int]] = []
+    if own["static_cache"] != "off":
+        settings = InnerQConfig.from_preset(own["static_cache"])
+        captured, buffers = capture_static_cache(gm.graph, settings, exact=own["exact"])
+        report += captured
+        gm.recompile()
+    report += find_dynamic_caches(gm.graph)
+    logger.info("%s", report)
+    if report.note:
+        _tell_once(report.note)
+    return buffers
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from transformers import Cache, PreTrainedModel
 
 from innerq_compile.cache import InnerQCache
 from innerq_compile.passes import run_passes
-from innerq_compile.passes.foreign_caches import foreign_caches
+from innerq_compile.passes.capture_static_cache import capture_static_cache
+from innerq_compile.passes.dynamic_cache import find_dynamic_caches
 from innerq_compile.report import LEFT, Report, SiteReport
 
 PROMPT_TOKENS = 8
@@ -50,7 +51,8 @@ def explain(
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         reports.append(run_passes(gm))
         if not isinstance(cache, InnerQCache):
-            reports.append(foreign_caches(gm.graph))
+            reports.append(capture_static_cache(gm.graph, ours.config)[0] + find_dynamic_caches(gm.graph))
+            gm.recompile()
         return gm.forward
 
     # generate() says where tokens stand, and some models break their graph to find out themselves.

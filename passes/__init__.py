@@ -2,7 +2,7 @@
 
 ``canonicalize`` reads every dialect of torch alike, ``match`` finds the sites and says no with a reason,
 ``fuse_decode`` rewrites one site, ``verify`` checks the result. A site that is not recognised costs speed, never
-correctness. Beside the pipeline stands ``foreign_caches``, which names the caches that are not ours.
+correctness. Beside this pipeline stand ``capture_static_cache`` and ``dynamic_cache``, for transformers' own caches.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ import logging
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, LlamaConfig, StaticCache
+from transformers import CompileConfig, DynamicCache
 
 from innerq_compile import InnerQCache, backend, enable, explain
 from innerq_compile import layer as layer_module
-from innerq_compile.passes.foreign_caches import ADVICE, FIXED, GROWING
+from innerq_compile.passes.dynamic_cache import ADVICE, GROWING
 
 NEW = 8
 
@@ -159,14 +159,13 @@ def test_copies_of_a_prefix_share_the_compiled_graphs(model, reports):
     assert len(reports) == 2  # a chunk of 50 on a past, a decode step
 
 
-class TestForeignCaches:
-    @pytest.mark.parametrize("kind", ["dynamic", "static"])
-    def test_an_enabled_model_leaves_them_alone_and_names_the_line_to_change_once(self, model, reports, caplog, kind):
+class TestDynamicCache:
+    def test_an_enabled_model_leaves_it_alone_and_names_the_line_to_change_once(self, model, reports, caplog):
         expected = generate(model)
         enable(model)
         with caplog.at_level(logging.WARNING):
-            assert torch.equal(generate(model, cache_implementation=kind), expected)
-            generate(model, prompt(60), cache_implementation=kind)
+            assert torch.equal(generate(model, cache_implementation="dynamic"), expected)
+            generate(model, prompt(60), cache_implementation="dynamic")
         assert [record.message for record in caplog.records] == [ADVICE]
         assert reports and all(report.found == 0 for report in reports)
 
@@ -176,16 +175,7 @@ class TestForeignCaches:
             generate(model, use_cache=False)
         assert caplog.records == []
 
-    def test_explain_says_what_becomes_of_a_given_cache(self, model):
+    def test_explain_names_the_line_to_change(self, model):
         report = explain(model, past_key_values=DynamicCache(config=model.config))
         assert [(site.path, site.reason) for site in report.sites] == [("model.layers.0.self_attn", GROWING)]
         assert report.note == ADVICE
-        report = explain(model, past_key_values=StaticCache(config=model.config, max_cache_len=64))
-        assert [site.reason for site in report.sites] == [FIXED] and report.note == ADVICE
-
-    def test_sixteen_bit_layers_of_our_own_cache_are_not_foreign(self, make_model):
-        config = LlamaConfig(
-            vocab_size=64, hidden_size=96, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
-        )
-        report = explain(make_model(config))
-        assert "No layer of this model can be quantized" in report.note and ADVICE not in report.note
