@@ -9,7 +9,8 @@ Either way it holds bit for bit what :func:`quantize_buffers` makes of them.
 Two things PyTorch does not count: writes through ``tensor.data`` or through memory that is shared with something else,
 and writes into tensors made under ``torch.inference_mode()``. The latter are recognised and left alone.
 
-Memory is not saved: the copy comes on top of the buffers.
+Memory is not saved: the copy comes on top of the buffers. Pads are masked as the mask says, but take part in windows
+and scales: nobody tells the copy which tokens they are.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from innerq_compile import ops
 from innerq_compile.config import InnerQConfig
@@ -36,12 +37,15 @@ class _Shadow:
     """The packed copy of one layer.
 
     Attributes:
-        state: Packs the first ``length`` tokens.
+        state: Packs the first ``length`` tokens, with the settings ``spec``.
+        values: The value buffer; the key buffer is the key that the copy is found by.
         seen: What the buffers looked like when the last graph was left.
         is_right: Whether the graph now running found them like that. ``False`` between graphs.
     """
 
     state: LayerState
+    spec: str
+    values: TensorWeakRef
     length: int
     seen: tuple[int, ...] = ()
     is_right: bool = False
@@ -99,17 +103,18 @@ def _shadow_attention(
     if not can_be_watched or not fits or len(position) > config.max_fused_q_len:
         if not can_be_watched:
             _tell_once_that_it_is_left_alone()
+        _shadows.pop(key_buffer, None)  # it may hold tokens that have just been overwritten
         gqa = query.shape[1] != key_buffer.shape[1]
         return F.scaled_dot_product_attention(
             query, key_buffer, value_buffer, attn_mask, scale=sm_scale, enable_gqa=gqa
         )
     shadow = _shadows.get(key_buffer)
-    if shadow is not None and shadow.is_right and shadow.length == begin:
+    if shadow is not None and shadow.is_right and (shadow.length, shadow.spec) == (begin, spec):
         ops.append_kv(key, value, *shadow.state, capacity, spec)
         shadow.length = end
     else:
         state = quantize_buffers(key_buffer, value_buffer, end, config)
-        _shadows[key_buffer] = shadow = _Shadow(state, end)
+        _shadows[key_buffer] = shadow = _Shadow(state, spec, TensorWeakRef(value_buffer), end)
     return ops.decode_attention(query, *shadow.state, attn_mask, sm_scale, capacity, spec, exact)
 
 
@@ -128,7 +133,8 @@ def watched(run: Callable[..., Any], buffers: Sequence[tuple[int, int]]) -> Call
         for key_buffer, value_buffer in pairs:
             shadow = _shadows.get(key_buffer)
             if shadow is not None:
-                shadow.is_right = shadow.seen == _fingerprint(key_buffer, value_buffer)
+                is_same = shadow.values() is value_buffer and shadow.seen == _fingerprint(key_buffer, value_buffer)
+                shadow.is_right = is_same
         result = run(*args)
         for key_buffer, value_buffer in pairs:
             shadow = _shadows.get(key_buffer)

@@ -199,6 +199,23 @@ def test_several_tokens_a_step(decoding, made):
     assert len(made) == 5
 
 
+def test_a_long_chunk_behind_a_crop_is_not_forgotten(decoding):
+    compiled, cache = decoding
+    crop(compiled, cache)
+    with torch.no_grad():
+        compiled(prompt(40, seed=4), past_key_values=cache)
+    crop(compiled, cache)  # the copy would end just here, 20 tokens of it overwritten
+    step(compiled, cache)
+
+
+def test_graphs_of_other_settings_do_not_share_a_copy(decoding, made):
+    compiled, cache = decoding
+    other = torch.compile(compiled._orig_mod, backend="innerq", options={"static_cache": "int8", "exact": True})
+    for graph in (other, compiled, other):
+        step(graph, cache)
+    assert len(made) == 6
+
+
 def test_attention_reads_the_rounded_copy_and_the_buffers_stay_exact(decoding):
     compiled, cache = decoding
     full = copy.deepcopy(cache)
