@@ -82,7 +82,8 @@ def _rewrite(gm: fx.GraphModule, own: Mapping[str, Any]) -> list[tuple[int, int]
     """
     report = run_passes(gm, exact=own["exact"])
     buffers: list[tuple[int, int]] = []
-    if own["static_cache"] != "off":
+    # A graph with sites of our own cache holds no other one: its 16-bit layers are what that cache decided.
+    if own["static_cache"] != "off" and not report.sites:
         settings = InnerQConfig.from_preset(own["static_cache"])
         captured, buffers = capture_static_cache(gm.graph, settings, exact=own["exact"])
         report += captured
