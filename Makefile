@@ -38,7 +38,7 @@ test: $(STAMP) ## run the tests (ARGS="-k name" passes options to pytest)
 
 # g++ only: the sanitizers' runtime has to be in the process before Python starts.
 sanitize: $(STAMP) ## run the CPU kernels' tests with address and undefined-behaviour sanitizers
-	CXX=g++ INNERQ_CXXFLAGS="-g0 -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	CXX="env -u LD_PRELOAD g++" INNERQ_CXXFLAGS="-g0 -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -P -m pytest tests/test_cpu_kernels.py -k "not aarch64" $(ARGS)
 
