@@ -17,7 +17,7 @@ STAMP := $(VENV)/.innerq-installed
 TEST_PROCESSES ?= 2
 TEST_THREADS ?= 1
 
-.PHONY: help venv demo test sanitize matrix rivals gpu tables check format wheel clean
+.PHONY: help venv demo test sanitize matrix rivals gpu sass tables check format wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -64,6 +64,9 @@ tables: $(STAMP) ## write the measured tables and the plot into the READMEs from
 
 matrix: $(STAMP) ## run a tiny model of every family, compiled and not, and renew the README's table
 	$(BIN)/python -P benchmarks/support_matrix.py --write
+
+sass: $(STAMP) ## compile the Triton kernels for four GPUs, without one, and count their instructions
+	$(BIN)/python -P benchmarks/sass.py $(ARGS)
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -24,8 +24,8 @@ CAUSAL, BOOLEAN, ADDITIVE = range(3)
 BLOCKS_AT_ONCE = 4
 """Blocks that a program works on side by side: one per warp."""
 
-PROGRAMS_PER_PROCESSOR = 4
-"""What registers and shared memory of a multiprocessor hold of the 3-bit kernel."""
+PROGRAMS_PER_PROCESSOR = 2
+"""What the registers of a multiprocessor hold: a thread takes about 240 (benchmarks/results/sass-*.json)."""
 
 COMBINED_AT_ONCE = 16
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from innerq_compile.kernels.triton.operands import code_offset, load_high_shifts, load_operand, place
+from innerq_compile.kernels.triton.operands import code_offset, load_high_shifts, load_operand, operand_words, place
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -102,6 +102,8 @@ def _attend_packed(
     Rows and columns of all operands are in operand order, so token and channel of a position are ``place`` of it.
     """
     TILES: tl.constexpr = HEAD_DIM // 32
+    K_WORDS: tl.constexpr = HEAD_DIM * 2 * K_BITS  # of a block
+    V_WORDS: tl.constexpr = HEAD_DIM * 2 * V_BITS
     PARTS: tl.constexpr = 32 // min(GROUP, 32)  # a group of 16 is a part of a tile; a longer one covers tiles
     DTYPE: tl.constexpr = tl.float32 if EXACT else tl.float16
     lane = place(tl.arange(0, 32))
@@ -119,7 +121,7 @@ def _attend_packed(
     row_scale = (peak * scale)[None, None, :]
     center = (center * scale)[None, None, :]
     high_shifts = load_high_shifts(k_codes_ptr, slots)
-    value_start = _start_operand(V_BITS, V_CENTER if V_MODE == 0 else 0.0, EXACT, NB)
+    start_operand = _start_operand(V_BITS, V_CENTER if V_MODE == 0 else 0.0, EXACT, NB)
 
     largest = tl.full([NB, RT], _LOWEST, tl.float32)
     total = tl.zeros([NB, 32, RT], tl.float32)
@@ -130,47 +132,42 @@ def _attend_packed(
     for i in range(first, last, NB):
         # Blocks past the last are the last one again, and no row sees their tokens.
         block = tl.minimum(nb, (last - 1 - i).to(tl.int32))
+        words, high_words = operand_words(k_codes_ptr + i * K_WORDS, block * K_WORDS, K_BITS)
+        steps, constants = _load_key_scales(k_scales_ptr, k_zeros_ptr, i, block, HEAD_DIM, GROUP, K_MODE, K_CENTER, NB)
         scores = tl.zeros([NB, 32, RT], tl.float32)
         for t in tl.static_range(TILES):
-            codes = _load_codes(k_codes_ptr, i, block, t, high_shifts, HEAD_DIM, K_BITS, EXACT, ASM, NB)
+            start = t * (64 * K_BITS)
+            codes = load_operand(words + start, high_words + start, high_shifts, K_BITS, NB, ASM)
+            codes = _plain_codes(codes, K_BITS, EXACT)
             for part in tl.static_range(PARTS):
-                at = t * PARTS + part
-                products = tl.dot(codes, query[at], query_starts[at], input_precision="ieee")
-                start = i * (HEAD_DIM * 32 // GROUP) + (t * 32 // GROUP + part) * 32
-                offsets = block[:, None] * (HEAD_DIM * 32 // GROUP) + lane[None, :]
-                s, z = _load_scales(k_scales_ptr + start, k_zeros_ptr + start, offsets, K_MODE, K_CENTER)
-                scores += products * s[:, :, None]
+                products = _codes_times(codes, query, query_starts, t * PARTS + part)
+                scores += products * steps[(t * PARTS + part) * 32 // max(GROUP, 32)][:, :, None]
                 if K_MODE != 0:
-                    scores += z[:, :, None] * query_sums[at]
+                    constant = constants[(t * PARTS + part) * 32 // max(GROUP, 32)]
+                    scores += constant[:, :, None] * query_sums[t * PARTS + part]
         scores = _mask_scores(
             scores * row_scale + center, SINK + i * 32, nb[:, None] * 32 + lane[None, :],
             tl.minimum(end, SINK + last * 32), mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED,
         )  # fmt: skip
         largest, weights, rescale = _weigh(scores, largest)
         total = total * rescale + weights
-        updated = ()
-        for t in tl.static_range(TILES):
-            updated += (sums[t] * rescale,)
-        sums = updated
+        words, high_words = operand_words(v_codes_ptr + i * V_WORDS, block * V_WORDS, V_BITS)
         for part in tl.static_range(PARTS):
             w_part = _only_part(weights.to(DTYPE), part, PARTS)
-            start = tl.dot(value_start, w_part, input_precision="ieee")
+            value_start = tl.dot(start_operand, w_part, input_precision="ieee")
+            steps, constants = _load_value_scales(
+                v_scales_ptr, v_zeros_ptr, i, block, part, HEAD_DIM, GROUP, V_MODE, V_CENTER, NB
+            )
             updated = ()
             for t in tl.static_range(TILES):
-                codes = _load_codes(v_codes_ptr, i, block, t, high_shifts, HEAD_DIM, V_BITS, EXACT, ASM, NB)
-                products = tl.dot(codes, w_part, start, input_precision="ieee")
-                if GROUP <= 32:
-                    group = (i * PARTS + part) * HEAD_DIM
-                    offsets = block[:, None] * (PARTS * HEAD_DIM) + t * 32 + lane[None, :]
-                else:
-                    group = i // (GROUP // 32) * HEAD_DIM
-                    later = (block + i % (GROUP // 32)) // (GROUP // 32)
-                    offsets = later[:, None] * HEAD_DIM + t * 32 + lane[None, :]
-                s, z = _load_scales(v_scales_ptr + group, v_zeros_ptr + group, offsets, V_MODE, V_CENTER)
-                added = sums[t] + products * s[:, :, None]
+                start = t * (64 * V_BITS)
+                codes = load_operand(words + start, high_words + start, high_shifts, V_BITS, NB, ASM)
+                codes = _plain_codes(codes, V_BITS, EXACT)
+                products = tl.dot(codes, w_part, value_start, input_precision="ieee")
+                added = products * steps[t][:, :, None]
                 if V_MODE != 0:
-                    added += z[:, :, None] * tl.sum(w_part.to(tl.float32), 1)[:, None, :]
-                updated += (added,)
+                    added += constants[t][:, :, None] * tl.sum(w_part.to(tl.float32), 1)[:, None, :]
+                updated += (sums[t] * rescale + added if part == 0 else sums[t] + added,)
             sums = updated
     for t in tl.static_range(TILES):
         _store_sums(sums_ptr, sums[t], largest, out_rows, row_exists, t * 32 + lane, HEAD_DIM)
@@ -272,13 +269,14 @@ def _query_start(q, BITS: tl.constexpr, CENTER: tl.constexpr, EXACT: tl.constexp
 
 
 @triton.jit
-def _load_codes(
-    codes_ptr, first_block, block, tile: tl.constexpr, high_shifts,
-    HEAD_DIM: tl.constexpr, BITS: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr, NB: tl.constexpr,
-):  # fmt: skip
-    """Tile ``tile`` of blocks first_block + block [NB] as an operand; EXACT: as float32, with nothing added."""
-    start = codes_ptr + first_block * (HEAD_DIM * 2 * BITS) + tile * (64 * BITS)
-    codes = load_operand(start, block * (HEAD_DIM * 2 * BITS), high_shifts, BITS, NB, ASM)
+def _codes_times(codes, query, starts, k: tl.constexpr):
+    """Products of a tile with the k-th slice of the query rows."""
+    return tl.dot(codes, query[k], starts[k], input_precision="ieee")
+
+
+@triton.jit
+def _plain_codes(codes, BITS: tl.constexpr, EXACT: tl.constexpr):
+    """An operand as it is; EXACT: as float32, with nothing added to the codes."""
     if EXACT:
         position = tl.arange(0, 32)
         codes = codes.to(tl.float32) - code_offset(position[None, :], position[:, None] // 16, BITS)[None, :, :]
@@ -286,18 +284,78 @@ def _load_codes(
 
 
 @triton.jit
-def _load_scales(scales_ptr, zeros_ptr, offsets, MODE: tl.constexpr, CENTER: tl.constexpr):
-    """Step s and constant z of ``s * u + z`` in float32; z has no meaning in symmetric mode."""
-    s = tl.load(scales_ptr + offsets).to(tl.float32)
-    z = s
-    if MODE == 1:
-        z = tl.load(zeros_ptr + offsets).to(tl.float32)
-    elif MODE == 2:
-        # The sign bit marks an asymmetric group, also on a scale of -0.0.
-        center = tl.where(s.to(tl.int32, bitcast=True) < 0, 0.0, CENTER)
-        s = tl.abs(s)
-        z = tl.load(zeros_ptr + offsets).to(tl.float32) - s * center
-    return s, z
+def _load_key_scales(
+    scales_ptr, zeros_ptr, first_block, block,
+    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, MODE: tl.constexpr, CENTER: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """Steps and constants of blocks first_block + block [NB]: a tuple of [NB, 32 tokens] for each group of channels."""
+    BLOCK_SCALES: tl.constexpr = HEAD_DIM * 32 // GROUP
+    offsets = first_block * BLOCK_SCALES + (block * BLOCK_SCALES)[:, None]
+    return _load_scales(scales_ptr + offsets, zeros_ptr + offsets, HEAD_DIM // GROUP, MODE, CENTER, NB)
+
+
+@triton.jit
+def _load_value_scales(
+    scales_ptr, zeros_ptr, first_block, block, part: tl.constexpr,
+    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, MODE: tl.constexpr, CENTER: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """Steps and constants of a part of blocks first_block + block [NB]: a tuple of [NB, 32 channels] for each tile."""
+    if GROUP <= 32:
+        offsets = (first_block * (32 // GROUP) + part) * HEAD_DIM + (block * (32 // GROUP * HEAD_DIM))[:, None]
+    else:
+        offsets = ((first_block + block) // (GROUP // 32) * HEAD_DIM)[:, None]
+    return _load_scales(scales_ptr + offsets, zeros_ptr + offsets, HEAD_DIM // 32, MODE, CENTER, NB)
+
+
+@triton.jit
+def _load_scales(
+    first_scales, first_zeros, COUNT: tl.constexpr, MODE: tl.constexpr, CENTER: tl.constexpr, NB: tl.constexpr
+):
+    """Step s and constant z of ``s * u + z``: tuples of COUNT float32 [NB, 32] in operand order, from COUNT * 32 scales
+    in a row behind each pointer [NB, 1]. The constants have no meaning in symmetric mode.
+    """
+    scales = _load_rows(first_scales, COUNT, NB)
+    zeros = scales
+    if MODE != 0:
+        zeros = _load_rows(first_zeros, COUNT, NB)
+    steps, constants = (), ()
+    for k in tl.static_range(COUNT):
+        s = scales[k].to(tl.float32)
+        z = zeros[k].to(tl.float32)
+        if MODE == 2:
+            # The sign bit marks an asymmetric group, also on a scale of -0.0.
+            z -= tl.abs(s) * tl.where(s.to(tl.int32, bitcast=True) < 0, 0.0, CENTER)
+            s = tl.abs(s)
+        steps += (s,)
+        constants += (z,)
+    return steps, constants
+
+
+@triton.jit
+def _load_rows(first, COUNT: tl.constexpr, NB: tl.constexpr):
+    """A tuple of COUNT [NB, 32] in operand order."""
+    rows = ()
+    if COUNT & (COUNT - 1) == 0:
+        # All with one wide load.
+        x = tl.load(first + tl.arange(0, COUNT * 32)[None, :])
+        x = tl.permute(tl.reshape(x, [NB, COUNT, 2, 8, 2]), [0, 2, 4, 3, 1])
+        rows = _split_rows(tl.reshape(x, [NB, 32, COUNT]), COUNT, NB)
+    else:
+        for k in tl.static_range(COUNT):
+            rows += (tl.load(first + (k * 32 + place(tl.arange(0, 32)))[None, :]),)
+    return rows
+
+
+@triton.jit
+def _split_rows(x, COUNT: tl.constexpr, NB: tl.constexpr):
+    """[NB, 32, COUNT] to a tuple of COUNT [NB, 32]."""
+    if COUNT == 1:
+        rows = (tl.reshape(x, [NB, 32]),)
+    else:
+        x = tl.permute(tl.reshape(x, [NB, 32, 2, COUNT // 2]), [0, 1, 3, 2])
+        low, high = tl.split(x)
+        rows = _split_rows(low, COUNT // 2, NB) + _split_rows(high, COUNT // 2, NB)
+    return rows
 
 
 @triton.jit

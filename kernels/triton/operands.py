@@ -37,26 +37,35 @@ def code_offset(position, half, BITS: tl.constexpr):
 
 
 @triton.jit
-def load_operand(codes_ptr, tile_offsets, high_shifts, BITS: tl.constexpr, NB: tl.constexpr, ASM: tl.constexpr):
-    """NB tiles as float16 [NB, 32 outer, 32 inner] in operand order: each code plus its :func:`code_offset`.
+def operand_words(codes_ptr, tile_offsets, BITS: tl.constexpr):
+    """Pointers [NB, W] to the int16 words of NB tiles, and to those of their 1-bit plane, each word of it twice.
 
     Args:
         codes_ptr: int16 pointer.
-        tile_offsets: int32 [NB], where each tile begins, in units of 16 bits.
+        tile_offsets: int32 [NB], where each tile begins, in words.
+    """
+    WORDS: tl.constexpr = 128 if BITS < 4 else 64 * BITS
+    first = codes_ptr + tile_offsets[:, None]
+    return first + tl.arange(0, WORDS)[None, :], first + (128 + tl.arange(0, 128) % 64)[None, :]
+
+
+@triton.jit
+def load_operand(words, high_words, high_shifts, BITS: tl.constexpr, NB: tl.constexpr, ASM: tl.constexpr):
+    """NB tiles as float16 [NB, 32 outer, 32 inner] in operand order: each code plus its :func:`code_offset`.
+
+    Args:
+        words, high_words: See :func:`operand_words`.
         high_shifts: See :func:`load_high_shifts`.
         ASM: Two codes per instruction, in PTX; otherwise plain Triton, one code at a time.
     """
-    start = codes_ptr + tile_offsets[:, None]
     if BITS == 8:
-        x = tl.load(start + tl.arange(0, 512)[None, :])
-        x = tl.permute(tl.reshape(x, [NB, 2, 4, 2, 8, 2, 2]), [0, 3, 5, 4, 1, 2, 6])
+        x = tl.permute(tl.reshape(tl.load(words), [NB, 2, 4, 2, 8, 2, 2]), [0, 3, 5, 4, 1, 2, 6])
         x = tl.reshape(x, [NB, 32, 2, 8])
         even = bits_or(shift_left(x, 1, ASM), 0x01FE, 0x6000, ASM)
         odd = bits_or(shift_right(x, 7, ASM), 0x01FE, 0x6000, ASM)
         operand = tl.permute(tl.join(even, odd), [0, 1, 2, 4, 3])  # tile, outer, part, parity, (word, pair)
     elif BITS == 4:
-        x = tl.load(start + tl.arange(0, 256)[None, :])
-        x = tl.permute(tl.reshape(x, [NB, 2, 4, 8, 2, 2]), [0, 4, 3, 1, 2, 5])
+        x = tl.permute(tl.reshape(tl.load(words), [NB, 2, 4, 8, 2, 2]), [0, 4, 3, 1, 2, 5])
         x = tl.reshape(x, [NB, 16, 2, 8])
         low_even = bits_or(shift_left(x, 1, ASM), 0x001E, 0x6000, ASM)
         low_odd = bits_or(shift_right(x, 7, ASM), 0x001E, 0x6000, ASM)
@@ -65,11 +74,11 @@ def load_operand(codes_ptr, tile_offsets, high_shifts, BITS: tl.constexpr, NB: t
         operand = tl.join(tl.join(low_even, low_odd), tl.join(high_even, high_odd))
         operand = tl.permute(operand, [0, 5, 1, 2, 4, 3])  # tile, half, outer, part, parity, (word, pair)
     else:
-        x = _load_quads(start, tl.arange(0, 128), NB)
+        x = _load_quads(words, NB)
         # Both parts of one half per word: bits 1.. and 5.. of each byte.
         low, high = shift_left(x, 1, ASM), shift_right(x, 1, ASM)
         if BITS == 3:
-            h = _load_quads(start + 128, tl.arange(0, 128) % 64, NB)
+            h = _load_quads(high_words, NB)
             shifts = high_shifts[None, None, :]
             low = select_bits(0x6666, low, shift_left(h, shifts, ASM), ASM)
             high = select_bits(0x6666, high, shift_left(h, shifts - 1, ASM), ASM)
@@ -93,10 +102,9 @@ def load_high_shifts(any_int16_ptr, slots):
 
 
 @triton.jit
-def _load_quads(start, offsets, NB: tl.constexpr):
+def _load_quads(words, NB: tl.constexpr):
     """A plane of four word columns: int16 [NB, 16 outer, 8 (word, pair)] in operand order."""
-    x = tl.load(start + offsets[None, :])
-    return tl.reshape(tl.permute(tl.reshape(x, [NB, 4, 8, 2, 2]), [0, 3, 2, 1, 4]), [NB, 16, 8])
+    return tl.reshape(tl.permute(tl.reshape(tl.load(words), [NB, 4, 8, 2, 2]), [0, 3, 2, 1, 4]), [NB, 16, 8])
 
 
 @triton.jit
