@@ -39,6 +39,7 @@ from innerq_compile import InnerQCache, fold, fold_key_norm, ops, reference
 from innerq_compile.backend import register_kernels
 from innerq_compile.config import InnerQConfig
 from innerq_compile.demo.evaluate import Prefill, prefill
+from innerq_compile.layer import InnerQLayer
 from innerq_compile.quant import KEY_NORM_EPS
 
 CALIBRATION_TOKENS = 4096
@@ -188,6 +189,21 @@ def chunk_logits(model: PreTrainedModel, position: int, chunk: torch.Tensor, cac
     return model(input_ids=chunk, past_key_values=cache, position_ids=positions, use_cache=True).logits[0].float()
 
 
+@contextlib.contextmanager
+def _in_place(rule: Trial | None) -> Iterator[None]:
+    """The rule in the place of the built-in one, which kernels would follow: the oracle appends."""
+    if rule is None:
+        yield
+        return
+
+    def append(layer: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+        reference.append_kv(key, value, layer.state, layer.config)
+
+    patch = unittest.mock.patch.object
+    with patch(reference, "key_center_and_norm", rule), patch(InnerQLayer, "_append", append):
+        yield
+
+
 def split(prompt: Prefill, start: int) -> list[Prefill]:
     """A prompt as its first ``start`` tokens and the rest."""
     parts = [slice(0, start), slice(start, prompt.num_tokens)]
@@ -229,10 +245,7 @@ class Study:
             start: Tokens of each prompt that the cache is handed first; 0 for the whole prompt.
             exact: Decodes through the op itself, with this value of its argument.
         """
-        rule = contextlib.nullcontext()
-        if variant.trial:
-            rule = unittest.mock.patch.object(reference, "key_center_and_norm", variant.trial)
-        with self._folded(variant) as prefills, rule:
+        with self._folded(variant) as prefills, _in_place(variant.trial):
             cases = list(zip(prefills, self.text.chunks, self.full, strict=True))[:prompts]
             return {
                 str(bits): [self._kl(variant, bits, *case, start=start, exact=exact) for case in cases]

@@ -164,6 +164,13 @@ def gpu() -> str:
     return gpu_suite.markdown(RESULTS)
 
 
+def key_norm() -> str:
+    """What each key norm costs at 3 bits."""
+    from key_norm_tables import readme_table
+
+    return readme_table(load(RESULTS / "key_norm.json"))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "decode-attention": decode_attention,
@@ -171,6 +178,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rivals": rivals,
     "errors": errors,
     "gpu": gpu,
+    "key-norm": key_norm,
 }
 
 

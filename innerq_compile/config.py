@@ -109,9 +109,9 @@ class InnerQConfig:
     recent: int = 96
     flush: int | None = None
     key_norm: str = "runtime"
-    key_norm_exponent: float = 0.5
-    rope_pairs: str = "off"
-    key_center: str = "off"
+    key_norm_exponent: float = 1.0
+    rope_pairs: str = "half"
+    key_center: str = "runtime"
     _spec: str = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

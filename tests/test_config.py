@@ -27,6 +27,13 @@ def test_tokens_leave_in_blocks_and_the_recent_window_never_starves(num_tokens, 
         assert num_tokens - config.sink - quantized >= config.recent
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_our_presets_centre_and_the_published_ones_take_the_root_alone(preset):
+    config = InnerQConfig.from_preset(preset)
+    found = (config.key_norm_exponent, config.rope_pairs, config.key_center)
+    assert found == ((0.5, "off", "off") if preset.startswith("paper-") else (1.0, "half", "runtime"))
+
+
 def test_flush_defaults_to_whole_groups():
     assert InnerQConfig(group_size=128).flush == 128
     assert InnerQConfig(group_size=16).flush == 32
@@ -46,6 +53,9 @@ def test_flush_defaults_to_whole_groups():
         ({"flush": 48}, r"flush must be a multiple of 32"),
         ({"flush": 32, "group_size": 64}, r"flush must be an integer of at least 64"),
         ({"key_norm": "none"}, r"key_norm must be one of runtime, folded, off"),
+        ({"key_norm_exponent": 0.7}, r"key_norm_exponent must be one of 0.5, 1.0, got 0.7"),
+        ({"rope_pairs": True}, r"rope_pairs must be one of half, adjacent, off"),
+        ({"key_center": "mean"}, r"key_center must be one of runtime, off"),
         ({"k_bits": 3}, r"unknown InnerQ settings \['k_bits'\]; known settings: .*key_bits"),
     ],
 )

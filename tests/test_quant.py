@@ -168,7 +168,8 @@ class TestKeyCenterAndNorm:
     def center_and_norm(self, keys, **settings):
         """Of keys [T, D] whose last token is not valid, as two lists."""
         valid = (torch.arange(len(keys)) < len(keys) - 1)[None]
-        center, norm = key_center_and_norm(keys[None, None], valid, InnerQConfig(**settings))
+        config = InnerQConfig.from_preset("paper-base", **settings)
+        center, norm = key_center_and_norm(keys[None, None], valid, config)
         assert center.shape == norm.shape == (1, 1, keys.shape[1])
         return center[0, 0].tolist(), norm[0, 0].tolist()
 
