@@ -17,7 +17,13 @@ STAMP := $(VENV)/.innerq-installed
 TEST_PROCESSES ?= 2
 TEST_THREADS ?= 1
 
-.PHONY: help venv demo test sanitize matrix rivals gpu sass tables check format wheel clean
+# The lower bound that pyproject.toml gives, and the tests that depend on it.
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).0
+OLDEST_FOLDER := $(VENV)/transformers-$(OLDEST)
+OLDEST_TESTS := $(addprefix tests/test_, backend.py cache.py generation.py padding.py passes.py storage.py \
+	support_matrix.py tensor_parallel.py ways_in.py fold_key_norm.py)
+
+.PHONY: help venv demo test sanitize matrix soak oldest rivals gpu sass tables check format wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -67,6 +73,15 @@ matrix: $(STAMP) ## run a tiny model of every family, compiled and not, and rene
 
 sass: $(STAMP) ## compile the Triton kernels for four GPUs, without one, and count their instructions
 	$(BIN)/python -P benchmarks/sass.py $(ARGS)
+
+soak: $(STAMP) ## generate 20,000 tokens: constant memory, no recompile, the cache equal to the reference
+	$(BIN)/python -P benchmarks/soak.py $(ARGS)
+
+# Only transformers is another one; it lies in a folder of its own, in front of the environment's.
+oldest: $(STAMP) ## run the tests that touch transformers with the oldest supported version of it
+	test -d $(OLDEST_FOLDER) || $(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST_FOLDER) transformers==$(OLDEST)
+	PYTHONPATH=$(OLDEST_FOLDER) OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -P -m pytest -n $(TEST_PROCESSES) \
+	$(OLDEST_TESTS) $(ARGS)
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .
