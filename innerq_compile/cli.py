@@ -163,7 +163,8 @@ def environment() -> dict[str, str]:
         "innerq_compile": innerq_compile.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **{name: version(name) for name in ("torch", "transformers", "triton", "numpy")},
+        "torch": torch.__version__,  # with the build (CPU or CUDA), which the installed metadata leaves out
+        **{name: version(name) for name in ("transformers", "triton", "numpy")},
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if cuda else "absent",
         "c++ compiler": _compiler(),
