@@ -129,15 +129,21 @@ def test_rows_are_selected_and_repeated_bit_for_bit(tiny_model, preset):
 
 
 def test_several_turns_on_one_cache(tiny_model):
-    cache = InnerQCache(tiny_model.config, preset="int8")
+    cache = InnerQCache(tiny_model.config, **WINDOWS_ONLY)
     text = repetitive_prompt(length=100)
     for turn in range(4):
         out = generate(tiny_model, text, cache, **GREEDY)
         assert torch.equal(out, generate(tiny_model, text, None, **GREEDY))
         text = torch.cat([out, repetitive_prompt(length=60, seed=turn + 1)], 1)
+
+
+def test_a_second_conversation_after_reset(tiny_model):
+    cache = InnerQCache(tiny_model.config, preset="small")
+    text = generate(tiny_model, repetitive_prompt(length=200), cache, **GREEDY)
+    generate(tiny_model, torch.cat([text, repetitive_prompt(length=60, seed=1)], 1), cache, **GREEDY)
     cache.reset()
-    again = repetitive_prompt(length=90, seed=9)
-    fresh = generate(tiny_model, again, InnerQCache(tiny_model.config, preset="int8"), **GREEDY)
+    again = repetitive_prompt(length=190, seed=9)
+    fresh = generate(tiny_model, again, InnerQCache(tiny_model.config, preset="small"), **GREEDY)
     assert torch.equal(generate(tiny_model, again, cache, **GREEDY), fresh)
 
 
