@@ -25,6 +25,10 @@ __all__ = ["register", "register_decompositions", "unavailable"]
 OPS: tuple[str, ...] = ("append_kv", "dequantize_kv", "decode_attention")
 """Ops that have kernels here: the module of that name holds the launcher of that name, with the op's arguments."""
 
+DECOMPOSED: tuple[str, ...] = ("append_kv", "dequantize_kv")
+"""Ops that Inductor gets as kernels. The others stay calls of the op: where torch 2.11 cannot tell from a kernel's
+source what it writes, it takes every argument for written and copies the cache at each step (LOG.md, 2026-11-21)."""
+
 _libraries: list[torch.library.Library] = []  # a registration lasts as long as its library
 
 
@@ -39,7 +43,7 @@ def register_decompositions() -> None:
     from torch._subclasses.functional_tensor import FunctionalTensorMode
 
     library = torch.library.Library(ops.NAMESPACE, "IMPL")
-    for name in OPS:
+    for name in DECOMPOSED:
         torch.library.register_torch_dispatch(f"{ops.NAMESPACE}::{name}", FunctionalTensorMode, decompose, lib=library)
     _libraries.append(library)
 
