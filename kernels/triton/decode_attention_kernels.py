@@ -54,7 +54,8 @@ def decode_attention_kernel(
     q_head = (head % num_heads) * Q_PER_KV
     query_rows = query_ptr + batch * stride_qb + (q_head + rows // Q_LEN) * stride_qh + rows % Q_LEN * stride_qm
     # A row sees the tokens below its end; a row that does not exist sees none.
-    end = tl.minimum(held, capacity - pads) + 0 * rows
+    limit = tl.minimum(held, capacity - pads)
+    end = limit + 0 * rows
     if MASK == _CAUSAL:
         end = tl.minimum(end, held - Q_LEN + 1 + rows % Q_LEN)
     end = tl.where(row_exists, end, 0)
@@ -67,8 +68,8 @@ def decode_attention_kernel(
         window = head * (SINK + RING) * HEAD_DIM
         _attend_windows(
             query_rows, k_window_ptr + window, v_window_ptr + window, mask_ptr, mask_rows, stride_ms,
-            sums_ptr, stats_ptr, out_rows, row_exists, end, scale, (split - num_splits) * (32 * NB), held, blocks,
-            HEAD_DIM, SINK, RING, MASK, MASK_SHARED, WIDEN, NB, RT,
+            sums_ptr, stats_ptr, out_rows, row_exists, end, limit, scale,
+            (split - num_splits) * (32 * NB), held, blocks, HEAD_DIM, SINK, RING, MASK, MASK_SHARED, WIDEN, NB, RT,
         )  # fmt: skip
     else:
         each = tl.cdiv(tl.cdiv(blocks, num_splits), NB) * NB
@@ -81,7 +82,7 @@ def decode_attention_kernel(
                 query_rows, k_codes_ptr + codes * K_BITS, k_scales_ptr + groups, k_zeros_ptr + groups,
                 v_codes_ptr + codes * V_BITS, v_scales_ptr + groups, v_zeros_ptr + groups,
                 key_norm_ptr + head * HEAD_DIM, key_center_ptr + head * HEAD_DIM, mask_ptr, mask_rows, stride_ms,
-                sums_ptr, stats_ptr, out_rows, row_exists, end, scale, first, last, slots,
+                sums_ptr, stats_ptr, out_rows, row_exists, end, limit, scale, first, last, slots,
                 HEAD_DIM, GROUP, SINK, K_BITS, K_MODE, K_CENTER, V_BITS, V_MODE, V_CENTER,
                 MASK, MASK_SHARED, EXACT, ASM, NB, RT,
             )  # fmt: skip
@@ -90,7 +91,7 @@ def decode_attention_kernel(
 @triton.jit
 def _attend_packed(
     query_rows, k_codes_ptr, k_scales_ptr, k_zeros_ptr, v_codes_ptr, v_scales_ptr, v_zeros_ptr, norm_ptr, center_ptr,
-    mask_ptr, mask_rows, stride_ms, sums_ptr, stats_ptr, out_rows, row_exists, end, scale, first, last, slots,
+    mask_ptr, mask_rows, stride_ms, sums_ptr, stats_ptr, out_rows, row_exists, end, limit, scale, first, last, slots,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
     K_BITS: tl.constexpr, K_MODE: tl.constexpr, K_CENTER: tl.constexpr,
     V_BITS: tl.constexpr, V_MODE: tl.constexpr, V_CENTER: tl.constexpr,
@@ -147,7 +148,7 @@ def _attend_packed(
                     scores += constant[:, :, None] * query_sums[t * PARTS + part]
         scores = _mask_scores(
             scores * row_scale + center, SINK + i * 32, nb[:, None] * 32 + lane[None, :],
-            tl.minimum(end, SINK + last * 32), mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED,
+            end, tl.minimum(limit, SINK + last * 32), mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED,
         )  # fmt: skip
         largest, weights, rescale = _weigh(scores, largest)
         total = total * rescale + weights
@@ -177,7 +178,7 @@ def _attend_packed(
 @triton.jit
 def _attend_windows(
     query_rows, k_window_ptr, v_window_ptr, mask_ptr, mask_rows, stride_ms,
-    sums_ptr, stats_ptr, out_rows, row_exists, end, scale, first_slot, held, blocks,
+    sums_ptr, stats_ptr, out_rows, row_exists, end, limit, scale, first_slot, held, blocks,
     HEAD_DIM: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr, MASK: tl.constexpr, MASK_SHARED: tl.constexpr,
     WIDEN: tl.constexpr, NB: tl.constexpr, RT: tl.constexpr,
 ):  # fmt: skip
@@ -197,7 +198,7 @@ def _attend_windows(
         query = tl.broadcast_to(query[None, :, :], [NB, 32, RT])
         scores = tl.dot(keys.to(DTYPE), query, scores, input_precision="ieee")
     token = tl.where(is_held, token, held)
-    scores = _mask_scores(scores * scale, 0, token, end, mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED)
+    scores = _mask_scores(scores * scale, 0, token, end, limit, mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED)
     largest, weights, _ = _weigh(scores, tl.full([NB, RT], _LOWEST, tl.float32))
     for t in tl.static_range(TILES):
         channels = (t * 32 + lane)[None, :, None]
@@ -360,22 +361,26 @@ def _split_rows(x, COUNT: tl.constexpr, NB: tl.constexpr):
 
 @triton.jit
 def _mask_scores(
-    scores, first_token, token, end, mask_ptr, mask_rows, stride_ms, MASK: tl.constexpr, MASK_SHARED: tl.constexpr
-):
-    """Scores [NB, 32, RT] of tokens first_token + token [NB, 32]; -inf at and past ``end`` [RT] or where masked."""
-    visible = token[:, :, None] < (end - first_token).to(token.dtype)[None, None, :]
+    scores, first_token, token, end, limit, mask_ptr, mask_rows, stride_ms,
+    MASK: tl.constexpr, MASK_SHARED: tl.constexpr,
+):  # fmt: skip
+    """Scores [NB, 32, RT] of tokens first_token + token [NB, 32]; -inf where a row may not look.
+
+    That is at and past ``end`` [RT], or, where MASK_SHARED saves the rows a bound of their own, at and past ``limit``.
+    """
+    if MASK_SHARED:
+        visible = (token < (limit - first_token).to(token.dtype))[:, :, None]
+    else:
+        visible = token[:, :, None] < (tl.minimum(end, limit) - first_token).to(token.dtype)[None, None, :]
     if MASK != _CAUSAL:
-        if MASK_SHARED:
-            there = token < tl.max(end - first_token, 0).to(token.dtype)
-            at = mask_ptr + (first_token + token) * stride_ms
-        else:
-            there = visible
-            at = mask_ptr + ((first_token + token) * stride_ms)[:, :, None] + mask_rows[None, None, :]
-        mask = tl.load(at, mask=there, other=0)
-        if MASK_SHARED:
-            mask = mask[:, :, None]
+        at = (mask_ptr + first_token * stride_ms + token * stride_ms)[:, :, None]
+        if not MASK_SHARED:
+            at += mask_rows[None, None, :]
+        # Triton derives the order of a product's operands from the narrowest load that their numbers come from, and
+        # bytes would have it shuffle all the unpacked values; it does not look past a reduction, be it of one number.
+        mask = tl.max(tl.expand_dims(tl.load(at, mask=visible, other=0), 3), 3)
         if MASK == _BOOLEAN:
-            visible = visible & (mask != 0)
+            visible = mask != 0
         else:
             # The most negative finite number is a common "no": it must stay finite in units of log 2, as it does here.
             scores += tl.where(mask >= _LOWEST, tl.maximum(mask * _LOG2E, _LOWEST), mask)
