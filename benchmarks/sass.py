@@ -6,8 +6,9 @@
 
 The launchers say what is compiled: they run on CPU tensors with a recorder in place of a launch, so the signature,
 the constants and the options are those of a real call. Per 1000 codes a kernel's *lane operations* are counted:
-instructions of the innermost loop x 32 lanes x warps / codes of an iteration; without a loop, of the whole program. On
-an H100 the four kinds of limits follow from that (``RATES``). On AMD only registers and spills are read.
+instructions of the innermost loop x 32 lanes x warps / codes of an iteration; without a loop, of the whole program,
+also of branches that one run does not take. On an H100 the four kinds of limits follow from that (``RATES``). On AMD
+only registers and spills are read.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -34,8 +36,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from innerq_compile.config import InnerQConfig
-from innerq_compile.kernels.triton import decode_attention
-from innerq_compile.layout import allocate_state
+from innerq_compile.kernels.triton import append_kv, decode_attention, dequantize_kv
+from innerq_compile.layout import LayerState, allocate_state
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TOOLS = Path(triton.__file__).resolve().parent / "backends" / "nvidia" / "bin"
@@ -46,6 +48,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TOLERANCE = 1.10
+
+HEADS, CAPACITY = 8, 4096
 
 CLOCKS = 132 * 1.755e9
 RATES = {"integer": 64 * CLOCKS, "float": 128 * CLOCKS, "all": 128 * CLOCKS, "shared": 32 * CLOCKS, "memory": 3.35e12}
@@ -81,19 +85,24 @@ def recorded_launches(call: Any) -> list[tuple[Any, tuple[Any, ...], dict[str, A
     return launches
 
 
+def empty_cache(head_dim: int = 128, **settings: Any) -> tuple[InnerQConfig, LayerState]:
+    """Settings of a preset and a cache of a bf16 model with them."""
+    config = InnerQConfig.from_preset(**settings)
+    shape = {"batch_size": 1, "num_kv_heads": HEADS, "head_dim": head_dim, "capacity": CAPACITY}
+    return config, allocate_state(config, **shape, dtype=torch.bfloat16, device="cpu")
+
+
 def attention(
     name: str, q_per_kv: int = 4, q_len: int = 1, head_dim: int = 128, **settings: Any
 ) -> list[Specialisation]:
     """decode_attention's two kernels for a bf16 model; settings of the cache, or ``mask=True`` or ``exact=True``."""
     mask, exact = settings.pop("mask", False), settings.pop("exact", False)
-    config = InnerQConfig.from_preset(**settings)
-    shape = {"batch_size": 1, "num_kv_heads": 8, "head_dim": head_dim, "capacity": 4096}
-    state = allocate_state(config, **shape, dtype=torch.bfloat16, device="cpu")
-    query = torch.empty(1, 8 * q_per_kv, q_len, head_dim, dtype=torch.bfloat16)
-    masked = torch.ones(1, 1, q_len, 4096, dtype=torch.bool) if mask else None
+    config, state = empty_cache(head_dim, **settings)
+    query = torch.empty(1, HEADS * q_per_kv, q_len, head_dim, dtype=torch.bfloat16)
+    masked = torch.ones(1, 1, q_len, CAPACITY, dtype=torch.bool) if mask else None
     launches = recorded_launches(
         lambda launch: decode_attention.decode_attention(
-            query, *state, masked, 0.1, 4096, config.spec, exact, launch=launch
+            query, *state, masked, 0.1, CAPACITY, config.spec, exact, launch=launch
         )
     )
     found = []
@@ -105,6 +114,46 @@ def attention(
             arguments["WIDEN"] = exact
         found.append(Specialisation(name + part, kernel, arguments, chosen, codes, config.bits_per_number / 8))
     return found
+
+
+APPENDS = {
+    "append_step_kernel": "append a token",
+    "key_range_kernel": "prefill range",
+    "key_norm_kernel": "prefill norm",
+    "quantize_kernel": "prefill quantize",
+    "window_kernel": "prefill window",
+}
+
+
+def appending(preset: str) -> list[Specialisation]:
+    """append_kv's kernels, for a token and for a prefill."""
+    config, state = empty_cache(preset=preset)
+    found = []
+    for num_new in (1, 1024):
+        new = torch.empty(1, HEADS, num_new, 128, dtype=torch.bfloat16)
+        call = functools.partial(append_kv.append_kv, new, new, *state, CAPACITY, config.spec)
+        for kernel, args, options in recorded_launches(lambda launch, call=call: call(launch=launch)):
+            codes = 2 * 32 * options["SLICE"] if kernel is append_kv.quantize_kernel else 0
+            found.append(whole_program(f"{APPENDS[kernel.__name__]} {preset}", kernel, args, options, codes, config))
+    return found
+
+
+def dequantizing(preset: str) -> Specialisation:
+    """dequantize_kv's kernel."""
+    config, state = empty_cache(preset=preset)
+    ((kernel, args, options),) = recorded_launches(
+        lambda launch: dequantize_kv.dequantize_kv(*state, CAPACITY, config.spec, launch=launch)
+    )
+    return whole_program(f"dequantize {preset}", kernel, args, options, 2 * 32 * options["SLICE"], config)
+
+
+def whole_program(
+    name: str, kernel: Any, args: tuple[Any, ...], options: dict[str, Any], codes: int, config: InnerQConfig
+) -> Specialisation:
+    """A kernel that turns bf16 numbers into codes or codes into numbers, compiled as ``launch.run`` has it compiled."""
+    arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
+    chosen = {"num_warps": 4, "enable_fp_fusion": False}
+    return Specialisation(name, kernel, arguments, chosen, codes, config.bits_per_number / 8 + 2)
 
 
 def all_specialisations() -> list[Specialisation]:
@@ -119,10 +168,15 @@ def all_specialisations() -> list[Specialisation]:
         attention("attention base D=256", head_dim=256, preset="base")[0],
         attention("attention base mask", mask=True, preset="base")[0],
         attention("attention base exact", exact=True, preset="base")[0],
+        *appending("base"),
+        *(item for item in appending("hybrid") if item.codes or item.name.startswith("append")),
+        *(dequantizing(preset) for preset in ("base", "hybrid")),
     ]
 
 
-EVERYWHERE = ("attention base", "attention base combine", "attention small")
+EVERYWHERE = ("attention base", "attention base combine", "attention small", "dequantize base") + tuple(
+    f"{name} base" for name in APPENDS.values()
+)
 """What is compiled for every target; the others are compiled for an H100 only, to keep the run short."""
 
 
