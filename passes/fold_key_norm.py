@@ -70,7 +70,10 @@ def fold_key_norm(
     settings = settings or FactorSettings()
     sites = key_sites(traced.gm.graph)
     if not sites:
-        raise FoldRefused("no scaled_dot_product_attention in the graph; load with attn_implementation='sdpa'")
+        raise FoldRefused(
+            "no scaled_dot_product_attention in the graph: the model computes its scores itself (attention sinks, "
+            "capped scores), or a graph was captured without attn_implementation='sdpa'"
+        )
     channels = _trace_sites(traced, sites)
     tied = _tie(traced, sites, channels, batches[0])
     if factors is None:

@@ -357,10 +357,31 @@ def test_what_cannot_be_folded_is_refused_with_the_reason(change: str, reason: s
     assert_untouched(model, before)
 
 
-def test_model_without_sdpa_is_refused() -> None:
-    model = randomized(transformers.GPTJConfig(**GPT, rotary_dim=16, bos_token_id=0, eos_token_id=0))
-    with pytest.raises(FoldRefused, match="no scaled_dot_product_attention"):
+LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+NO_SDPA = "no scaled_dot_product_attention in the graph: the model computes its scores itself"
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.GPTJConfig(**GPT, rotary_dim=16, bos_token_id=0, eos_token_id=0), NO_SDPA),
+        (transformers.GptOssConfig(**COMMON, head_dim=32, num_local_experts=4, num_experts_per_tok=2), NO_SDPA),
+        (
+            transformers.DeepseekV3Config(**{**COMMON, "num_key_value_heads": 4}, **LATENT, **EXPERTS),
+            r"self_attn, model.layers.1.self_attn: the keys are assembled in place, as latent attention",
+        ),
+    ],
+    ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else "",
+)
+def test_model_whose_attention_has_no_foldable_keys_is_refused(config: PreTrainedConfig, reason: str) -> None:
+    model = randomized(config)
+    before, expected, attention = state(model), logits(model), model.config._attn_implementation
+    with pytest.raises(FoldRefused, match=reason):
         fold(model)
+    assert_untouched(model, before)
+    assert torch.equal(logits(model), expected)
+    assert model.config._attn_implementation == attention
 
 
 def test_eager_model_is_folded_through_sdpa_and_stays_eager() -> None:
