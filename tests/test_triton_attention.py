@@ -11,7 +11,10 @@ from innerq_compile.layout import PADS, QUANTIZED, SLOTS, LayerState, allocate_s
 
 pytest.importorskip("triton.language")
 
+import triton.language as tl  # noqa: E402
+
 from innerq_compile.kernels.triton import decode_attention as launcher  # noqa: E402
+from innerq_compile.kernels.triton import operands  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS32, EPS16 = torch.finfo(torch.float32).eps, torch.finfo(torch.float16).eps
@@ -156,6 +159,15 @@ def test_query_heads_lengths_and_head_dims(q_per_kv, q_len, head_dim):
     config = InnerQConfig.from_preset("hybrid")
     state = filled_state(config, 300, pads=3, head_dim=head_dim)
     check_attention(config, state, queries(2, q_len, q_per_kv, head_dim).transpose(1, 2), paths=(False,))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels have the order of their Triton version")
+@pytest.mark.parametrize("bits", BITS)
+def test_the_other_order_of_inner_positions(bits, monkeypatch):
+    """Which order it is depends on Triton's version; the result does not."""
+    monkeypatch.setattr(operands, "_INNER_FOURS", tl.constexpr(not operands._INNER_FOURS.value))
+    config = InnerQConfig(key_bits=bits, value_bits=bits, key_mode="hybrid", group_size=16 if bits == 3 else 32)
+    check_attention(config, filled_state(config, 330, pads=3, batch=1), queries(1, 2, 1, 32))
 
 
 @pytest.mark.parametrize("kind", ["bool", "shared", "additive", "lowest", "padding"])

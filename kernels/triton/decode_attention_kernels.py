@@ -11,7 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from innerq_compile.kernels.triton.operands import code_offset, load_high_shifts, load_operand, operand_words, place
+from innerq_compile.kernels.triton.operands import (
+    code_offset,
+    inner_place,
+    load_high_shifts,
+    load_operand,
+    operand_words,
+    outer_to_inner,
+    place,
+)
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -100,20 +108,21 @@ def _attend_packed(
 ):  # fmt: skip
     """Blocks [first, last): codes enter the products as they are, scales multiply the sums over a tile.
 
-    Rows and columns of all operands are in operand order, so token and channel of a position are ``place`` of it.
+    Rows and columns of all operands are in operand order: token and channel of a position are ``place`` of it, or
+    ``inner_place`` where the product sums over them.
     """
     TILES: tl.constexpr = HEAD_DIM // 32
     K_WORDS: tl.constexpr = HEAD_DIM * 2 * K_BITS  # of a block
     V_WORDS: tl.constexpr = HEAD_DIM * 2 * V_BITS
     PARTS: tl.constexpr = 32 // min(GROUP, 32)  # a group of 16 is a part of a tile; a longer one covers tiles
     DTYPE: tl.constexpr = tl.float32 if EXACT else tl.float16
-    lane = place(tl.arange(0, 32))
+    lane, inner = place(tl.arange(0, 32)), inner_place(tl.arange(0, 32))
     nb = tl.arange(0, NB)
     peak, center = _query_range(query_rows, norm_ptr, center_ptr, row_exists, HEAD_DIM, EXACT, RT)
     query, query_starts, query_sums = (), (), ()
     for t in tl.static_range(TILES):
-        q = _load_query(query_rows, t * 32 + lane, row_exists)
-        q = (q * (tl.load(norm_ptr + t * 32 + lane)[:, None] / peak[None, :])).to(DTYPE)
+        q = _load_query(query_rows, t * 32 + inner, row_exists)
+        q = (q * (tl.load(norm_ptr + t * 32 + inner)[:, None] / peak[None, :])).to(DTYPE)
         for part in tl.static_range(PARTS):
             q_part = _only_part(q, part, PARTS)
             query += (tl.broadcast_to(q_part[None, :, :], [NB, 32, RT]),)
@@ -154,7 +163,7 @@ def _attend_packed(
         total = total * rescale + weights
         words, high_words = operand_words(v_codes_ptr + i * V_WORDS, block * V_WORDS, V_BITS)
         for part in tl.static_range(PARTS):
-            w_part = _only_part(weights.to(DTYPE), part, PARTS)
+            w_part = outer_to_inner(_only_part(weights.to(DTYPE), part, PARTS), NB, RT)
             value_start = tl.dot(start_operand, w_part, input_precision="ieee")
             steps, constants = _load_value_scales(
                 v_scales_ptr, v_zeros_ptr, i, block, part, HEAD_DIM, GROUP, V_MODE, V_CENTER, NB

@@ -8,6 +8,10 @@ The 32 rows and the 32 columns of an operand are the tile's outer and inner axis
 ``16 a + 8 c + b`` holds index ``16 a + 2 b + c`` (:func:`place`). In that order the two halves of a register hold codes
 of the same byte of two words, a thread's words lie side by side, and every field of a word lands in the thread that
 loaded it: no code ever crosses to another thread.
+
+For the inner axis that holds where a thread has positions in twos. Triton before 3.8 takes codes that pass a join for
+half as wide as they are, and deals out inner positions in fours; there position ``16 a + 4 w + 2 c + b`` holds inner
+index ``16 a + 4 w + 2 b + c`` (:func:`inner_place`), which gives each thread the same codes.
 """
 
 from __future__ import annotations
@@ -17,11 +21,43 @@ import triton.language as tl
 
 from innerq_compile.kernels.triton.packed_ops import bits_or, select_bits, shift_left, shift_right
 
+_INNER_FOURS = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8))
+"""Whether a thread's inner positions are four in a row."""
+
 
 @triton.jit
 def place(position):
-    """Outer or inner index of a tile that stands at ``position`` of an operand; also for several tiles in a row."""
+    """Outer index of a tile that stands at ``position`` of an operand; also for several tiles in a row."""
     return (position & -16) | ((position & 7) << 1) | ((position >> 3) & 1)
+
+
+@triton.jit
+def inner_place(position):
+    """Inner index of a tile that stands at ``position`` of an operand."""
+    if _INNER_FOURS:
+        index = (position & -4) | ((position & 1) << 1) | ((position >> 1) & 1)
+    else:
+        index = place(position)
+    return index
+
+
+@triton.jit
+def outer_to_inner(x, NB: tl.constexpr, RT: tl.constexpr):
+    """[NB, 32, RT] with the middle axis in the order of an operand's rows, brought to that of its columns."""
+    if _INNER_FOURS:
+        x = tl.permute(tl.reshape(x, [NB, 2, 2, 4, 2, RT]), [0, 1, 3, 2, 4, 5])
+        x = tl.reshape(x, [NB, 32, RT])
+    return x
+
+
+@triton.jit
+def _inner_order(x, NB: tl.constexpr):
+    """[NB, halves, rows, part 2, word 4, pair 2, parity 2] to [NB, 32 outer, 32 inner] in operand order."""
+    if _INNER_FOURS:
+        x = tl.permute(x, [0, 1, 2, 3, 4, 6, 5])
+    else:
+        x = tl.permute(x, [0, 1, 2, 3, 6, 4, 5])
+    return tl.reshape(x, [NB, 32, 32])
 
 
 @triton.jit
@@ -63,7 +99,7 @@ def load_operand(words, high_words, high_shifts, BITS: tl.constexpr, NB: tl.cons
         x = tl.reshape(x, [NB, 32, 2, 8])
         even = bits_or(shift_left(x, 1, ASM), 0x01FE, 0x6000, ASM)
         odd = bits_or(shift_right(x, 7, ASM), 0x01FE, 0x6000, ASM)
-        operand = tl.permute(tl.join(even, odd), [0, 1, 2, 4, 3])  # tile, outer, part, parity, (word, pair)
+        operand = tl.reshape(tl.join(even, odd), [NB, 1, 32, 2, 4, 2, 2])
     elif BITS == 4:
         x = tl.permute(tl.reshape(tl.load(words), [NB, 2, 4, 8, 2, 2]), [0, 4, 3, 1, 2, 5])
         x = tl.reshape(x, [NB, 16, 2, 8])
@@ -72,7 +108,7 @@ def load_operand(words, high_words, high_shifts, BITS: tl.constexpr, NB: tl.cons
         high_even = bits_or(x, 0x00F0, 0x5400, ASM)
         high_odd = bits_or(shift_right(x, 8, ASM), 0x00F0, 0x5400, ASM)
         operand = tl.join(tl.join(low_even, low_odd), tl.join(high_even, high_odd))
-        operand = tl.permute(operand, [0, 5, 1, 2, 4, 3])  # tile, half, outer, part, parity, (word, pair)
+        operand = tl.permute(tl.reshape(operand, [NB, 16, 2, 4, 2, 2, 2]), [0, 6, 1, 2, 3, 4, 5])
     else:
         x = _load_quads(words, NB)
         # Both parts of one half per word: bits 1.. and 5.. of each byte.
@@ -84,8 +120,9 @@ def load_operand(words, high_words, high_shifts, BITS: tl.constexpr, NB: tl.cons
             high = select_bits(0x6666, high, shift_left(h, shifts - 1, ASM), ASM)
         low = _both_parities(low, BITS, ASM)
         high = _both_parities(high, BITS, ASM)
-        operand = tl.permute(tl.join(low, high), [0, 5, 1, 4, 3, 2])  # tile, half, outer, part, parity, (word, pair)
-    return tl.reshape(operand, [NB, 32, 32])
+        operand = tl.reshape(tl.join(low, high), [NB, 16, 4, 2, 2, 2, 2])
+        operand = tl.permute(operand, [0, 6, 1, 5, 2, 3, 4])
+    return _inner_order(operand, NB)
 
 
 @triton.jit
