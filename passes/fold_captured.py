@@ -4,6 +4,10 @@ Dynamo hands the real parameters and the real first prompt to the backend. The g
 in place; every later graph over the same parameters (the decode step, another batch size) only has its cache ops told
 that keys arrive normalized. A cache that was filled otherwise stays right: its own ``key_norm`` buffer says what its
 codes were divided by.
+
+A prompt of fewer than 8 tokens cannot calibrate. The next longer one that is compiled does, with dynamic shapes too,
+but a decode step that was compiled in between keeps its run-time norm: fold such a model ahead of time with
+``innerq_compile.fold_key_norm(model, tokens)``.
 """
 
 from __future__ import annotations
@@ -71,14 +75,21 @@ def _parameters(traced: TracedGraph, append: fx.Node) -> list[torch.Tensor]:
 
 
 def _fold(traced: TracedGraph, values: dict[fx.Node, Any]) -> None:
-    batch = {node: values[node] for node in traced.inputs}
-    if any(isinstance(value, torch.SymInt) for value in batch.values()):
-        raise FoldRefused("the first prompt is compiled with dynamic shapes")
+    batch = {node: _as_called(values[node]) for node in traced.inputs}
     if any(isinstance(value, FakeTensor) for value in values.values()):
         raise FoldRefused("the graph is compiled without the model's weights")
     for node, new in fold_key_norm(traced, [batch]).tensors.items():
         traced.tensors[node].data.copy_(new)
         _folded[traced.tensors[node]] = True
+
+
+def _as_called(value: Any) -> Any:
+    """An input as a number or a tensor: in a graph with dynamic shapes a size is the one of the call that compiles."""
+    if not isinstance(value, torch.SymInt):
+        return value
+    if value.node.hint is None:
+        raise FoldRefused(f"the graph is compiled without knowing its size {value}")
+    return int(value.node.hint)  # int(value) would make the graph serve this size alone
 
 
 def _tell_folded(node: fx.Node) -> None:

@@ -134,11 +134,14 @@ def _tie(
 
 def _free_values(traced: TracedGraph, channels: Channels, batch: Mapping[fx.Node, Any]) -> dict[fx.Node, torch.Tensor]:
     nodes = [*region_inputs(channels), *(scaling.node for scaling in channels.scalings)]
-    values = dict(zip(nodes, traced.evaluate(nodes, batch), strict=True))
-    end = value_of(channels.end)
+    *values, end = traced.evaluate([*nodes, channels.end], batch)
     if end.shape[0] * end.shape[2] < MIN_TOKENS:
-        raise FoldRefused(f"calibration needs at least {MIN_TOKENS} tokens, got {end.shape[0] * end.shape[2]}")
-    return values
+        found = end.shape[0] * end.shape[2]
+        raise FoldRefused(
+            f"calibration needs at least {MIN_TOKENS} tokens, got {found}; innerq_compile.fold_key_norm(model, tokens) "
+            "takes tokens of your choice"
+        )
+    return dict(zip(nodes, values, strict=True))
 
 
 class _Shape:

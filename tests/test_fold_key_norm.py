@@ -462,9 +462,9 @@ class TestCompiled:
         torch._dynamo.reset()
 
     @staticmethod
-    def generate(model: PreTrainedModel, **settings: object) -> torch.Tensor:
+    def generate(model: PreTrainedModel, length: int | None = None, **settings: object) -> torch.Tensor:
         cache = InnerQCache(model.config, max_cache_len=256, sink=0, recent=32, **settings)
-        prompt = TOKENS.reshape(1, -1)
+        prompt = TOKENS.reshape(1, -1)[:, :length]
         out = model.generate(
             prompt,
             max_new_tokens=40,
@@ -505,6 +505,19 @@ class TestCompiled:
         folded = state(model)
         self.generate(model)  # another prompt changes nothing any more
         assert all(torch.equal(tensor, folded[name]) for name, tensor in model.state_dict().items())
+
+    def test_short_first_prompt_leaves_folding_to_the_next_with_dynamic_shapes(self, caplog) -> None:
+        model, weight = build("llama"), "model.layers.0.self_attn.k_proj.weight"
+        before, expected = state(model), [self.generate(model, n, key_bits=8) for n in (5, 90, 70)]
+        graphs = self.compile_recording(model)
+        found = [self.generate(model, 5, key_bits=8)]
+        assert "at least 8 tokens, got 5; innerq_compile.fold_key_norm(model, tokens)" in caplog.text
+        assert torch.equal(model.get_parameter(weight), before[weight])
+        found += [self.generate(model, n, key_bits=8) for n in (90, 70)]
+        assert not torch.equal(model.get_parameter(weight), before[weight])
+        assert ["key_norm=folded" in str(gm.graph) for gm in graphs] == [False, False, True]  # 70 compiles nothing more
+        for logits_, expected_ in zip(found, expected, strict=True):
+            torch.testing.assert_close(logits_, expected_, rtol=0, atol=0.01 * float(expected_.abs().max()))
 
     def test_folded_decode_graph_is_the_graph_without_any_norm(self) -> None:
         """No multiplication is left: node for node the graph of a cache that does not normalize."""
