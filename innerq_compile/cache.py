@@ -128,10 +128,7 @@ class InnerQCache(Cache):
         Raises:
             ValueError: A layer of transformers' own that has no fixed buffers.
         """
-        settings = {
-            field.name: getattr(self.config, field.name) for field in dataclasses.fields(InnerQConfig) if field.init
-        }
-        header = {"settings": settings, "model": self._model, "max_cache_len": self.max_cache_len}
+        header = {"settings": self.config.options, "model": self._model, "max_cache_len": self.max_cache_len}
         save_layers(path, header, self.layers)
 
     @classmethod

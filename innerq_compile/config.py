@@ -139,7 +139,7 @@ class InnerQConfig:
             )
 
         # Written once: Dynamo would take a float among the settings for a symbol and refuse to print it.
-        spec = ";".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self) if f.init)
+        spec = ";".join(f"{name}={value}" for name, value in self.options.items())
         object.__setattr__(self, "_spec", spec)
 
     @property
@@ -177,6 +177,11 @@ class InnerQConfig:
         """Tokens of a history of ``num_tokens`` that have left the windows (no crop in between)."""
         flush = self.flush_tokens
         return max(0, (num_tokens - self.sink - self.recent) // flush) * flush
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings by name; :meth:`from_options` reads them back."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
 
     @property
     def spec(self) -> str:

@@ -15,7 +15,7 @@ import triton
 from innerq_compile import ops
 from innerq_compile.config import BLOCK, InnerQConfig
 from innerq_compile.kernels.triton.decode_attention_kernels import combine_kernel, decode_attention_kernel
-from innerq_compile.kernels.triton.launch import Launch, code_constants, unsupported
+from innerq_compile.kernels.triton.launch import Launch, code_constants, rows_contiguous, unsupported
 from innerq_compile.layout import LayerState
 
 CAUSAL, BOOLEAN, ADDITIVE = range(3)
@@ -50,7 +50,7 @@ def decode_attention(query: torch.Tensor, *args: Any, launch: Launch = run) -> t
     _check_query(query.shape, state.k_window.shape)
     if query.numel() == 0:
         return torch.empty_like(query)
-    query = query if query.stride(-1) == 1 else query.contiguous()
+    query = rows_contiguous(query)
     config = InnerQConfig.from_spec(spec)
     batch, q_heads, q_len, head_dim = query.shape
     heads, num_blocks = state.k_codes.shape[1:3]
