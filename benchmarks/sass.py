@@ -188,8 +188,9 @@ def source_of(item: Specialisation, target: GPUTarget) -> ASTSource:
     if "ASM" in names:
         arguments["ASM"] = target.backend == "cuda"
     for index, name in enumerate(names):
-        value, is_constexpr = arguments[name], item.kernel.params[index].is_constexpr
-        if is_constexpr or (isinstance(value, int) and value == 1):
+        value, parameter = arguments[name], item.kernel.params[index]
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and special):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int16": "i16"}.get(
@@ -198,7 +199,7 @@ def source_of(item: Specialisation, target: GPUTarget) -> ASTSource:
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and value % 16 == 0:
+            if isinstance(value, int) and value % 16 == 0 and special:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=item.kernel, signature=signature, constexprs=constants, attrs=attributes)
 

@@ -15,7 +15,9 @@ import triton.language as tl  # noqa: E402
 
 from innerq_compile.kernels.triton import decode_attention as launcher  # noqa: E402
 from innerq_compile.kernels.triton import operands  # noqa: E402
+from innerq_compile.kernels.triton.interpreter import repair  # noqa: E402
 
+repair()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS32, EPS16 = torch.finfo(torch.float32).eps, torch.finfo(torch.float16).eps
 LARGEST_OFFSET = 512 + 256

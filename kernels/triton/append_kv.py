@@ -29,6 +29,7 @@ from innerq_compile.kernels.triton.key_norm import (
     rope_partner,
 )
 from innerq_compile.kernels.triton.launch import (
+    SIZES,
     Launch,
     channel_slice,
     check_new_tokens,
@@ -88,7 +89,7 @@ def quantize_unit(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES[1:])  # num_new is 1 at each decode step, and a kernel that knows it is smaller
 def append_step_kernel(
     k_codes_ptr, k_scales_ptr, k_zeros_ptr, k_window_ptr, v_codes_ptr, v_scales_ptr, v_zeros_ptr, v_window_ptr,
     key_norm_ptr, key_center_ptr, counts_ptr,
@@ -161,7 +162,7 @@ def append_step_kernel(
     advance_counts(counts_ptr, num_new, capacity, leaving, tl.num_programs(0) * num_heads)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def quantize_kernel(
     k_codes_ptr, k_scales_ptr, k_zeros_ptr, k_window_ptr, v_codes_ptr, v_scales_ptr, v_zeros_ptr, v_window_ptr,
     key_norm_ptr, key_center_ptr, counts_ptr,
@@ -201,7 +202,7 @@ def quantize_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def window_kernel(
     k_window_ptr, v_window_ptr, counts_ptr,
     key_ptr, value_ptr, stride_kb, stride_kh, stride_km, stride_vb, stride_vh, stride_vm,

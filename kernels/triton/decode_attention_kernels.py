@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from innerq_compile.kernels.triton.launch import SIZES
 from innerq_compile.kernels.triton.operands import (
     code_offset,
     inner_place,
@@ -26,7 +27,7 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 _CAUSAL, _BOOLEAN, _ADDITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def decode_attention_kernel(
     query_ptr, k_codes_ptr, k_scales_ptr, k_zeros_ptr, k_window_ptr, v_codes_ptr, v_scales_ptr, v_zeros_ptr,
     v_window_ptr, key_norm_ptr, key_center_ptr, counts_ptr, mask_ptr, sums_ptr, stats_ptr,
@@ -420,7 +421,7 @@ def _store_stats(stats_ptr, total, largest, out_rows, row_exists):
     tl.store(stats_ptr + out_rows * 2 + 1, merged, mask=row_exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def combine_kernel(
     sums_ptr, stats_ptr, counts_ptr, out_ptr, num_heads, num_blocks, num_splits, num_window_splits, out_rows,
     HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, NB: tl.constexpr, SPLITS: tl.constexpr,

@@ -15,14 +15,22 @@ import triton.language as tl
 from innerq_compile import ops
 from innerq_compile.config import BLOCK
 from innerq_compile.kernels.triton.groups import dequantize_groups, load_zeros
-from innerq_compile.kernels.triton.launch import Launch, channel_slice, code_constants, run, split, unsupported
+from innerq_compile.kernels.triton.launch import (
+    SIZES,
+    Launch,
+    channel_slice,
+    code_constants,
+    run,
+    split,
+    unsupported,
+)
 from innerq_compile.kernels.triton.tiles import load_codes, window_slot
 from innerq_compile.layout import PADS, QUANTIZED, SLOTS
 
 _SLOTS, _QUANTIZED, _PADS = tl.constexpr(SLOTS), tl.constexpr(QUANTIZED), tl.constexpr(PADS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def dequantize_kv_kernel(
     k_codes_ptr, k_scales_ptr, k_zeros_ptr, k_window_ptr,
     v_codes_ptr, v_scales_ptr, v_zeros_ptr, v_window_ptr,

@@ -11,6 +11,7 @@ import triton.language as tl
 from innerq_compile.config import ROPE_PAIRS
 from innerq_compile.kernels.triton.blocks import load_tokens, plan_row
 from innerq_compile.kernels.triton.groups import is_finite
+from innerq_compile.kernels.triton.launch import SIZES
 from innerq_compile.quant import KEY_CENTER_MIN_TOKENS, KEY_NORM_EPS
 
 _EPS = tl.constexpr(KEY_NORM_EPS)
@@ -66,7 +67,7 @@ def _magnitude(low, high):
     return tl.where(low <= high, tl.maximum(high, -low), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_range_kernel(
     k_window_ptr, counts_ptr, key_ptr, ranges_ptr, stride_kb, stride_kh, stride_km,
     num_new, capacity, num_heads,
@@ -96,7 +97,7 @@ def key_range_kernel(
         tl.store(range_ptrs + HEAD_DIM, high)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_norm_kernel(
     key_norm_ptr, key_center_ptr, counts_ptr, ranges_ptr, num_new, capacity, num_heads, num_chunks,
     HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, FLUSH: tl.constexpr,

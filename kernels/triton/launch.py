@@ -18,6 +18,11 @@ MAX_SLICE = 128
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+SIZES = (
+    "num_new", "capacity", "num_heads", "num_blocks", "num_chunks", "num_splits", "num_window_splits", "out_rows",
+)  # fmt: skip
+"""Kernel arguments that Triton must not compile in: a cache that grows, or the next prompt, would compile again."""
+
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Runs a kernel now. Products and sums are not fused, so that every rounding is the reference's."""
