@@ -72,7 +72,7 @@ matrix: $(STAMP) ## run a tiny model of every family, compiled and not, and rene
 	$(BIN)/python -P benchmarks/support_matrix.py --write
 
 sass: $(STAMP) ## compile the Triton kernels for four GPUs, without one, and count their instructions
-	$(BIN)/python -P benchmarks/sass.py $(ARGS)
+	$(BIN)/python -P benchmarks/sass $(ARGS)
 
 soak: $(STAMP) ## generate 20,000 tokens: constant memory, no recompile, the cache equal to the reference
 	$(BIN)/python -P benchmarks/soak.py $(ARGS)
