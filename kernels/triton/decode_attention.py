@@ -81,7 +81,7 @@ def decode_attention(query: torch.Tensor, *args: Any, launch: Launch = run) -> t
         SINK=config.sink, RING=config.ring,
         **code_constants("K", config.key_spec), **code_constants("V", config.value_spec),
         MASK=kind, MASK_SHARED=shared, EXACT=exact, WIDEN=exact or not _has_native_dot(query),
-        ASM=_has_ptx(query.device), NB=BLOCKS_AT_ONCE, RT=row_tile, num_warps=BLOCKS_AT_ONCE, num_stages=2,
+        ASM=_has_ptx(query.device), NB=BLOCKS_AT_ONCE, RT=row_tile, num_warps=BLOCKS_AT_ONCE,
     )  # fmt: skip
     launch(
         combine_kernel, (num_rows, batch * heads), sums, stats, state.counts, out,

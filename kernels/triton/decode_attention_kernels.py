@@ -140,7 +140,8 @@ def _attend_packed(
     for _ in tl.static_range(TILES):
         sums += (tl.zeros([NB, 32, RT], tl.float32),)
 
-    for i in range(first, last, NB):
+    # Stated at the loop, the number of stages also holds for loads that feed no product: the scales of the values.
+    for i in tl.range(first, last, NB, num_stages=_stages(HEAD_DIM * (K_BITS + V_BITS), EXACT, ASM)):
         # Blocks past the last are the last one again, and no row sees their tokens.
         block = tl.minimum(nb, (last - 1 - i).to(tl.int32))
         words, high_words = operand_words(k_codes_ptr + i * K_WORDS, block * K_WORDS, K_BITS)
@@ -183,6 +184,19 @@ def _attend_packed(
     for t in tl.static_range(TILES):
         _store_sums(sums_ptr, sums[t], largest, out_rows, row_exists, t * 32 + lane, HEAD_DIM)
     _store_stats(stats_ptr, total, largest, out_rows, row_exists)
+
+
+@triton.constexpr_function
+def _stages(bits_per_token, exact, asm):
+    """Iterations under way at a time, in their loads or at work.
+
+    Three: with two, blocks are asked for when one iteration ends and awaited when the next begins. Fewer where three
+    take more shared memory than small GPUs have (99 KiB), or memory is not what `exact` waits for; on AMD, where the
+    blocks to come would wait in registers, none ahead.
+    """
+    if not asm:
+        return 1
+    return 2 if exact or bits_per_token > 2048 else 3
 
 
 @triton.jit
