@@ -142,6 +142,6 @@ def test_shared_memory_delivers_128_bytes_a_cycle(sass):
 def test_bytes_that_several_threads_ask_for_are_fetched_once(sass):
     machine, listing = sass("machine"), sass("listing")
     loads = [listing.Instruction("LDG.E.64 R2, [R4]"), listing.Instruction("LDG.E R2, [R4]")]
-    steps = machine.steps_of(loads, bytes_per_warp=192.0)
+    steps = machine.steps_of(loads, read=192.0)
     assert [step.memory_bytes for step in steps] == [128.0, 64.0]
     assert [step.memory_bytes for step in machine.steps_of(loads)] == [256.0, 128.0]

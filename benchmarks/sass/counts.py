@@ -1,7 +1,7 @@
 """Counts instructions by kind, and says what their number alone allows.
 
 Per 1000 codes a kernel's *lane operations* are counted: instructions of the innermost loop x 32 lanes x warps / codes
-of an iteration; without a loop, of the whole program, also of branches that one run does not take.
+of an iteration; without a loop, of the longest way through the program (``paths``).
 """
 
 from __future__ import annotations

@@ -73,5 +73,7 @@ CONSTANT_LATENCY = 30
 """LDC and S2R: rough; they stand before loops."""
 OPERANDS_READ = 12
 """Until a memory instruction has read its registers: 9 to 14 [huerta]."""
+PROGRAM_LATENCY = 300
+"""From the end of a program to the first instruction of the one that takes its place [rough]."""
 BARRIER_LATENCY = 24
 """From the last warp's arrival [rough: a synchronisation of one warp costs 20 to 30]."""

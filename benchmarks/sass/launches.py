@@ -21,14 +21,26 @@ HEADS, CAPACITY = 8, 4096
 
 @dataclasses.dataclass(frozen=True)
 class Specialisation:
-    """One launch of a kernel: what it is called with, and how many codes an iteration (or the program) handles."""
+    """One launch of a kernel: what it is called with, and what an iteration (without a loop, a program) moves.
+
+    Attributes:
+        codes: That it reads or writes; 0 where their number says nothing.
+        read: Bytes of device memory that it needs, per code.
+        written: Bytes that it stores there, per code.
+    """
 
     name: str
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, Any]
     codes: int
-    bytes_per_code: float
+    read: float
+    written: float = 0.0
+
+    @property
+    def bytes_per_code(self) -> float:
+        """Both ways."""
+        return self.read + self.written
 
 
 def recorded_launches(call: Any) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -87,7 +99,8 @@ def appending(preset: str) -> list[Specialisation]:
         call = functools.partial(append_kv.append_kv, new, new, *state, CAPACITY, config.spec)
         for kernel, args, options in recorded_launches(lambda launch, call=call: call(launch=launch)):
             codes = 2 * 32 * options["SLICE"] if kernel is append_kv.quantize_kernel else 0
-            found.append(whole_program(f"{APPENDS[kernel.__name__]} {preset}", kernel, args, options, codes, config))
+            moved = {"codes": codes, "read": 2.0, "written": config.bits_per_number / 8}
+            found.append(whole_program(f"{APPENDS[kernel.__name__]} {preset}", kernel, args, options, **moved))
     return found
 
 
@@ -97,16 +110,17 @@ def dequantizing(preset: str) -> Specialisation:
     ((kernel, args, options),) = recorded_launches(
         lambda launch: dequantize_kv.dequantize_kv(*state, CAPACITY, config.spec, launch=launch)
     )
-    return whole_program(f"dequantize {preset}", kernel, args, options, 2 * 32 * options["SLICE"], config)
+    moved = {"codes": 2 * 32 * options["SLICE"], "read": config.bits_per_number / 8, "written": 2.0}
+    return whole_program(f"dequantize {preset}", kernel, args, options, **moved)
 
 
 def whole_program(
-    name: str, kernel: Any, args: tuple[Any, ...], options: dict[str, Any], codes: int, config: InnerQConfig
+    name: str, kernel: Any, args: tuple[Any, ...], options: dict[str, Any], **moved: Any
 ) -> Specialisation:
     """A kernel that turns bf16 numbers into codes or codes into numbers, compiled as ``launch.run`` has it compiled."""
     arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
     chosen = {"num_warps": 4, "enable_fp_fusion": False}
-    return Specialisation(name, kernel, arguments, chosen, codes, config.bits_per_number / 8 + 2)
+    return Specialisation(name, kernel, arguments, chosen, **moved)
 
 
 def all_specialisations() -> list[Specialisation]:

@@ -23,7 +23,7 @@ class Step:
         instruction: Where it comes from.
         units: Units that can take it, the preferred first.
         busy: Cycles for which the unit takes nothing else.
-        latency: Cycles until its result is there, where no queue decides that.
+        latency: Cycles until its result is there, where no queue decides that; "barrier": after the last warp.
         shared_cycles: Cycles of the multiprocessor's shared memory.
         kind: "" or what else happens: "load" and "copy" (global memory; a copy is asynchronous, into shared memory),
             "store", "commit" (closes a group of copies), "wait" (for copies), "barrier".
@@ -97,7 +97,7 @@ def step_of(instruction: Instruction) -> Step:
         allowed = re.search(r"SB\d, (0x[0-9a-f]+)", instruction.text)
         return Step(instruction, (ISSUE,), 1, kind="wait", groups=int(allowed[1], 16) if allowed else 0)
     if base == "BAR":
-        return Step(instruction, (ISSUE,), 1, kind="barrier")
+        return Step(instruction, (ISSUE,), 1, hopper.BARRIER_LATENCY, kind="barrier")
     if base in _CONSTANT:
         return Step(instruction, (UNIFORM,), hopper.UNIFORM_CYCLES, hopper.CONSTANT_LATENCY)
     if base.startswith("U"):
@@ -107,21 +107,32 @@ def step_of(instruction: Instruction) -> Step:
     return Step(instruction, (ALU,), hopper.ALU_CYCLES, hopper.SPECIAL_LATENCY)
 
 
-def steps_of(instructions: Sequence[Instruction], bytes_per_warp: float | None = None) -> list[Step]:
+NEXT_PROGRAM = Step(Instruction("EXIT"), (ISSUE,), 1, hopper.PROGRAM_LATENCY, kind="barrier")
+"""When the last warp of a program has come to its end, another program takes its place."""
+
+
+def steps_of(
+    instructions: Sequence[Instruction], read: float | None = None, written: float | None = None
+) -> list[Step]:
     """The costs of a sequence.
 
     Args:
         instructions: One after the other, as a warp runs them.
-        bytes_per_warp: What a warp really needs from device memory. Threads that ask for the same bytes are served
-            once, so the bytes of all loads and stores are scaled to this sum; None takes them as they are.
+        read: What a warp really needs from device memory, in bytes. Threads that ask for the same bytes are served
+            once, so the bytes of all loads are scaled to this sum; None takes them as they are.
+        written: The same for stores.
     """
     steps = [step_of(instruction) for instruction in instructions]
-    asked = sum(step.memory_bytes for step in steps)
-    if bytes_per_warp is None or not asked:
-        return steps
+    stores = _asked(steps, ("store",))
+    loads = _asked(steps, ("load", "copy"))
+    factor = {"store": 1.0 if written is None else written / (stores or 1)}
+    factor["load"] = factor["copy"] = 1.0 if read is None else read / (loads or 1)
     return [
-        dataclasses.replace(step, memory_bytes=step.memory_bytes * bytes_per_warp / asked)
-        if step.memory_bytes
-        else step
+        dataclasses.replace(step, memory_bytes=step.memory_bytes * factor[step.kind]) if step.kind in factor else step
         for step in steps
     ]
+
+
+def _asked(steps: Sequence[Step], kinds: tuple[str, ...]) -> float:
+    """Bytes that threads ask for, also those that others have asked for."""
+    return sum(step.memory_bytes for step in steps if step.kind in kinds)

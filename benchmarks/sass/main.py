@@ -14,10 +14,11 @@ from triton.backends.compiler import GPUTarget
 
 import sass
 from sass import hopper
-from sass.compilation import TARGETS, compile_for
+from sass.compilation import TARGETS, Compiled, compile_for
 from sass.counts import bounds, lane_operations
 from sass.launches import EVERYWHERE, Specialisation, all_specialisations
-from sass.predict import predict
+from sass.paths import heaviest_path
+from sass.predict import microseconds, predict
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 TOLERANCE = 1.10
@@ -35,14 +36,20 @@ def measure(item: Specialisation, target: GPUTarget) -> dict[str, float | str]:
         return numbers
     numbers["instructions"] = sum(item.base != "NOP" for item in compiled.program.instructions)
     if item.codes:
-        numbers |= lane_operations((instruction.name for instruction in compiled.program.body()), item)
-        if target == TARGETS[MODELLED] and compiled.program.loop():
-            numbers |= modelled(compiled, item)
+        body = compiled.program.body() if compiled.program.loop() else heaviest_path(compiled.program)
+        numbers |= lane_operations((instruction.name for instruction in body), item)
+    if target == TARGETS[MODELLED]:
+        numbers |= modelled(compiled, item)
     return numbers
 
 
-def modelled(compiled, item: Specialisation) -> dict[str, float | str]:
-    """Predicted shares of the memory ceiling, and what stands in the way at the middle one of the latencies."""
+def modelled(compiled: Compiled, item: Specialisation) -> dict[str, float | str]:
+    """Predicted shares of the memory ceiling, and what stands in the way at the middle one of the latencies.
+
+    Of kernels that do not go through the codes, the time of one program alone.
+    """
+    if not item.codes:
+        return {"microseconds": round(microseconds(compiled, item, hopper.LATENCIES_NS[1]), 2)}
     found = {ns: predict(compiled, item, ns) for ns in hopper.LATENCIES_NS}
     middle = found[hopper.LATENCIES_NS[1]]
     return {
@@ -89,7 +96,12 @@ def table(measured: dict[str, dict[str, float | str]], items: dict[str, Speciali
         slowest = max(limits, key=limits.__getitem__, default="")
         at_best = f"{slowest} ({limits['memory'] / limits[slowest]:.0%} of memory)" if slowest else ""
         predicted = [f"{numbers[key]:.0%}" if key in numbers else "" for key in shares]
-        row = [*(numbers.get(key, "") for key in [*columns, *kinds]), at_best, *predicted, numbers.get("limit", "")]
+        row = [
+            *(numbers.get(key, "") for key in [*columns, *kinds]),
+            at_best,
+            *predicted,
+            numbers.get("limit", numbers.get("microseconds", "")),
+        ]
         rows.append([name, *row])
     model = [f"{ns} ns" for ns in hopper.LATENCIES_NS]
     return tabulate(rows, headers=["kernel", *columns, *kinds, "H100 by counts", *model, "by the model"])

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from sass import hopper
 from sass.compilation import Compiled
 from sass.launches import Specialisation
-from sass.machine import Step, steps_of
+from sass.machine import NEXT_PROGRAM, Step, steps_of
+from sass.paths import heaviest_path
 from sass.simulate import BYTES_PER_CYCLE, Multiprocessor, Run
 
 ITERATIONS, WARM_UP = 40, 8
@@ -45,13 +46,27 @@ def resident_programs(registers: int, shared_bytes: int, warps: int) -> int:
 
 
 def predict(compiled: Compiled, item: Specialisation, latency_ns: float) -> Prediction:
-    """The innermost loop of a compiled launch, in steady state, with as many programs as fit."""
+    """The innermost loop of a compiled launch, in steady state, with as many programs as fit.
+
+    Without a loop, one program after the other.
+    """
     assert compiled.program is not None
     warps = item.options["num_warps"]
-    needed = item.codes * item.bytes_per_code
-    steps = steps_of(compiled.program.body(), needed / warps)
+    moved = {"read": item.codes * item.read / warps, "written": item.codes * item.written / warps}
+    if compiled.program.loop():
+        steps = steps_of(compiled.program.body(), **moved)
+    else:
+        steps = [*steps_of(heaviest_path(compiled.program), **moved), NEXT_PROGRAM]
     programs = resident_programs(compiled.registers, compiled.shared_bytes, warps)
-    return predict_loop(steps, warps, programs, latency_ns, needed, item.codes)
+    return predict_loop(steps, warps, programs, latency_ns, item.codes * item.bytes_per_code, item.codes)
+
+
+def microseconds(compiled: Compiled, item: Specialisation, latency_ns: float) -> float:
+    """One program alone on a multiprocessor, from its first to its last instruction; a loop runs once."""
+    assert compiled.program is not None
+    steps = steps_of(heaviest_path(compiled.program))
+    cycles = Multiprocessor(steps, item.options["num_warps"], 1, latency_ns * 1e-9 * hopper.CLOCK).run_once()
+    return cycles / hopper.CLOCK * 1e6
 
 
 def predict_loop(

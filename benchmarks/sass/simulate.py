@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from sass import hopper
 from sass.machine import HEAVY, ISSUE, LITE, MEMORY, UNITS, Step
@@ -95,7 +95,7 @@ class Multiprocessor:
             self.issued_at[warp] = start
             heapq.heappush(self.queue, (start, 0.0, warp))
         begin = None
-        for time, warp in self._laps():
+        for time, warp in self._laps(None):
             if begin is None:
                 if min(self.laps) >= warm_up:
                     begin = (time, sum(self.laps), self._counters())
@@ -103,10 +103,16 @@ class Multiprocessor:
                 return self._summary(begin, time)
         raise ValueError("the loop has no end")
 
-    def _laps(self):
-        """Yields the time and the warp whenever one has finished a lap; runs for ever."""
+    def run_once(self) -> float:
+        """Cycles until all programs, started together, have done it once."""
+        for warp in range(self.warps * self.programs):
+            heapq.heappush(self.queue, (0.0, 0.0, warp))
+        return max(time for time, _ in self._laps(1)) + 1
+
+    def _laps(self, limit: int | None) -> Iterator[tuple[float, int]]:
+        """Yields the time and the warp whenever one has finished a lap, until all have done ``limit`` of them."""
         last = len(self.steps) - 1
-        while True:
+        while self.queue:
             time, _, warp = heapq.heappop(self.queue)
             scheduler = warp % hopper.SCHEDULERS
             step = self.steps[self.position[warp]]
@@ -117,11 +123,11 @@ class Multiprocessor:
             stays = self._issue(step, warp, scheduler, time)
             done = self.position[warp] == last
             self.position[warp] = 0 if done else self.position[warp] + 1
-            if stays:
-                self._schedule(warp, time + max(step.instruction.stall, 1), "fixed latency")
             if done:
                 self.laps[warp] += 1
                 yield time, warp
+            if stays and not (done and self.laps[warp] == limit):
+                self._schedule(warp, time + max(step.instruction.stall, 1), "fixed latency")
 
     def _possible(self, step: Step, scheduler: int) -> float:
         """When the scheduler and a unit could take it."""
@@ -164,7 +170,7 @@ class Multiprocessor:
             self._hold(warp, instruction.write, done, cause)
         if instruction.read is not None:
             self._hold(warp, instruction.read, start + hopper.OPERANDS_READ, "operands to be read")
-        return step.kind != "barrier" or self._arrive(warp, time)
+        return step.kind != "barrier" or self._arrive(warp, time + step.latency)
 
     def _access(self, step: Step, time: float) -> float:
         """When device memory has done it."""
@@ -182,7 +188,7 @@ class Multiprocessor:
             self.clear_at[warp][scoreboard] = until
             self.clears[warp][scoreboard] = cause
 
-    def _arrive(self, warp: int, time: float) -> bool:
+    def _arrive(self, warp: int, release: float) -> bool:
         """At a barrier; the last warp releases the others."""
         waiting = self.arrived[warp // self.warps]
         waiting.append(warp)
@@ -190,7 +196,7 @@ class Multiprocessor:
             for other in waiting:
                 # The last one's own position has not moved yet.
                 ahead = 1 if other == warp else 0
-                self._schedule(other, time + hopper.BARRIER_LATENCY, "barrier", ahead)
+                self._schedule(other, release, "barrier", ahead)
             waiting.clear()
         return False
 
