@@ -145,3 +145,37 @@ def test_bytes_that_several_threads_ask_for_are_fetched_once(sass):
     steps = machine.steps_of(loads, read=192.0)
     assert [step.memory_bytes for step in steps] == [128.0, 64.0]
     assert [step.memory_bytes for step in machine.steps_of(loads)] == [256.0, 128.0]
+
+
+BRANCHES = """
+        /*0000*/              @P0 BRA `(.L_x_1) ;
+        /*0010*/                   MOV R1, R2 ;
+        /*0020*/              @P1 BRA `(.L_x_0) ;
+        /*0030*/                   CALL.REL.NOINC `($division) ;
+        /*0040*/                   MOV R3, R4 ;
+.L_x_0:
+        /*0050*/                   FADD R1, R1, R1 ;
+        /*0060*/               @P2 BRA `(.L_x_0) ;
+        /*0070*/                   EXIT ;
+.L_x_1:
+        /*0080*/                   MOV R5, R6 ;
+        /*0090*/                   EXIT ;
+.L_x_2:
+        /*00a0*/                   BRA `(.L_x_2) ;
+"""
+
+
+def test_the_longest_way_through_a_program_calls_no_slow_division(sass):
+    program = sass("listing").parse(BRANCHES)
+    way = sass("paths").heaviest_way(program, trips=3)
+    assert [step.base for step in way.instructions] == ["BRA", "MOV", "BRA", *["FADD", "BRA"] * 3, "EXIT"]
+    assert way.loop == (3, 9)
+    around = sass("paths").heaviest_way(program, trips=0)
+    assert [step.text for step in around.instructions[1:]] == ["MOV R5, R6", "EXIT"]
+
+
+def test_a_program_is_run_once_by_all_of_its_warps(sass):
+    steps = sass("machine").steps_of([sass("listing").Instruction("FFMA R1, R1, R2, R3", stall=4)] * 10)
+    machine = sass("simulate").Multiprocessor(steps, warps=4, programs=1, latency=1000.0)
+    assert machine.run_once({5}) == 9 * 4 + 1
+    assert machine.passed == {5: 20}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from sass import hopper
 from sass.listing import Instruction
@@ -112,7 +112,10 @@ NEXT_PROGRAM = Step(Instruction("EXIT"), (ISSUE,), 1, hopper.PROGRAM_LATENCY, ki
 
 
 def steps_of(
-    instructions: Sequence[Instruction], read: float | None = None, written: float | None = None
+    instructions: Sequence[Instruction],
+    read: float | None = None,
+    written: float | None = None,
+    cached: Iterable[int] = (),
 ) -> list[Step]:
     """The costs of a sequence.
 
@@ -121,8 +124,13 @@ def steps_of(
         read: What a warp really needs from device memory, in bytes. Threads that ask for the same bytes are served
             once, so the bytes of all loads are scaled to this sum; None takes them as they are.
         written: The same for stores.
+        cached: Positions of loads that the second-level cache answers; copies come from device memory.
     """
     steps = [step_of(instruction) for instruction in instructions]
+    for position in cached:
+        if steps[position].kind == "load":
+            latency = hopper.L2_LATENCY
+            steps[position] = dataclasses.replace(steps[position], kind="", memory_bytes=0.0, latency=latency)
     stores = _asked(steps, ("store",))
     loads = _asked(steps, ("load", "copy"))
     factor = {"store": 1.0 if written is None else written / (stores or 1)}

@@ -14,10 +14,11 @@ from triton.backends.compiler import GPUTarget
 
 import sass
 from sass import hopper
+from sass.calls import CONTEXTS, Call, DecodeAttention
 from sass.compilation import TARGETS, Compiled, compile_for
 from sass.counts import bounds, lane_operations
 from sass.launches import EVERYWHERE, Specialisation, all_specialisations
-from sass.paths import heaviest_path
+from sass.paths import heaviest_way
 from sass.predict import microseconds, predict
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -36,7 +37,7 @@ def measure(item: Specialisation, target: GPUTarget) -> dict[str, float | str]:
         return numbers
     numbers["instructions"] = sum(item.base != "NOP" for item in compiled.program.instructions)
     if item.codes:
-        body = compiled.program.body() if compiled.program.loop() else heaviest_path(compiled.program)
+        body = compiled.program.body() if compiled.program.loop() else heaviest_way(compiled.program).instructions
         numbers |= lane_operations((instruction.name for instruction in body), item)
     if target == TARGETS[MODELLED]:
         numbers |= modelled(compiled, item)
@@ -107,6 +108,17 @@ def table(measured: dict[str, dict[str, float | str]], items: dict[str, Speciali
     return tabulate(rows, headers=["kernel", *columns, *kinds, "H100 by counts", *model, "by the model"])
 
 
+def calls_table(attention: DecodeAttention) -> str:
+    """One row per context, microseconds."""
+    rows = []
+    for context in CONTEXTS:
+        call = attention.call(context)
+        parts = [getattr(call, field.name) for field in dataclasses.fields(call)]
+        rows.append([context, *parts, call.total, f"{call.floor / call.total:.0%}"])
+    names = [field.name.replace("_", " ") for field in dataclasses.fields(Call)]
+    return tabulate(rows, headers=["tokens", *names, "total", "share"], floatfmt=".1f")
+
+
 def results_file() -> Path:
     """Figures belong to a Triton version: 3.6 and 3.9 generate different code."""
     return RESULTS / f"sass-triton-{'.'.join(triton.__version__.split('.')[:2])}.json"
@@ -120,8 +132,12 @@ def main() -> int:
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
     parser.add_argument("--option", action="append", default=[], help="try another launch option: num_stages=3")
+    parser.add_argument("--calls", metavar="PRESET", help="instead: times of whole calls of decode attention")
     options = parser.parse_args()
     tried = {name: int(value) for name, value in (each.split("=") for each in options.option)}
+    if options.calls:
+        print(calls_table(DecodeAttention(options.calls, hopper.LATENCIES_NS[1], tried)))
+        return 0
     items = {item.name: item for item in all_specialisations() if options.only in item.name}
     if options.quick:
         items = {name: item for name, item in items.items() if name in EVERYWHERE}

@@ -6,31 +6,36 @@ paths of a division, for operands that hardly occur. Loops run as often as they 
 
 from __future__ import annotations
 
+import dataclasses
+
 from sass.listing import Instruction, Program
 
-CALL_COST = -1_000_000
+AVOID = -1_000_000
 
 
-def heaviest_path(program: Program, trips: int = 1) -> tuple[Instruction, ...]:
-    """One run through a program, ``trips`` times through its longest innermost loop and once through any other."""
-    way = _longest(program)
-    loop = program.loop()
-    if loop:
-        inside = [index for index in way if loop[0] <= index < loop[1]]
-        before = [index for index in way if index < loop[0]]
-        way = [*before, *inside * trips, *way[len(before) + len(inside) :]]
-    return tuple(program.instructions[index] for index in way)
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """What a warp runs, one after the other; ``loop``: first position of the loop's trips, and the one after them."""
+
+    instructions: tuple[Instruction, ...]
+    loop: tuple[int, int]
 
 
-def outside_loop(program: Program) -> frozenset[Instruction]:
-    """Instructions that are not part of the longest innermost loop; none where there is no loop."""
-    loop = program.loop()
-    if loop is None:
-        return frozenset()
-    return frozenset(program.instructions) - frozenset(program.instructions[loop[0] : loop[1]])
+def heaviest_way(program: Program, trips: int = 1) -> Way:
+    """One run through a program, ``trips`` times through its longest innermost loop and once through any other.
+
+    No trips: on the heaviest way around that loop.
+    """
+    first, last = program.loop() or (0, 0)
+    way = _longest(program, avoided=range(first, last) if trips == 0 else range(0))
+    inside = [index for index in way if first <= index < last]
+    begin = way.index(inside[0]) if inside else 0
+    all_trips = inside * trips
+    way = [*way[:begin], *all_trips, *way[begin + len(inside) :]]
+    return Way(tuple(program.instructions[index] for index in way), (begin, begin + len(all_trips)))
 
 
-def _longest(program: Program) -> list[int]:
+def _longest(program: Program, avoided: range) -> list[int]:
     """Indices on the longest way to an exit that never goes back."""
     count = len(program.instructions)
     length, following = [0] * (count + 1), [count] * (count + 1)
@@ -40,7 +45,8 @@ def _longest(program: Program) -> list[int]:
         if not ways and instruction.base == "BRA":
             ways = [count]  # a loop without an end, behind the program's own
         following[index] = max(ways, key=length.__getitem__, default=count)
-        length[index] = length[following[index]] + (CALL_COST if instruction.base == "CALL" else 1)
+        avoid = instruction.base == "CALL" or index in avoided
+        length[index] = length[following[index]] + (AVOID if avoid else 1)
     way, index = [], 0
     while index < count:
         way.append(index)

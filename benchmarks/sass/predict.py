@@ -9,7 +9,7 @@ from sass import hopper
 from sass.compilation import Compiled
 from sass.launches import Specialisation
 from sass.machine import NEXT_PROGRAM, Step, steps_of
-from sass.paths import heaviest_path
+from sass.paths import heaviest_way
 from sass.simulate import BYTES_PER_CYCLE, Multiprocessor, Run
 
 ITERATIONS, WARM_UP = 40, 8
@@ -56,7 +56,7 @@ def predict(compiled: Compiled, item: Specialisation, latency_ns: float) -> Pred
     if compiled.program.loop():
         steps = steps_of(compiled.program.body(), **moved)
     else:
-        steps = [*steps_of(heaviest_path(compiled.program), **moved), NEXT_PROGRAM]
+        steps = [*steps_of(heaviest_way(compiled.program).instructions, **moved), NEXT_PROGRAM]
     programs = resident_programs(compiled.registers, compiled.shared_bytes, warps)
     return predict_loop(steps, warps, programs, latency_ns, item.codes * item.bytes_per_code, item.codes)
 
@@ -64,7 +64,7 @@ def predict(compiled: Compiled, item: Specialisation, latency_ns: float) -> Pred
 def microseconds(compiled: Compiled, item: Specialisation, latency_ns: float) -> float:
     """One program alone on a multiprocessor, from its first to its last instruction; a loop runs once."""
     assert compiled.program is not None
-    steps = steps_of(heaviest_path(compiled.program))
+    steps = steps_of(heaviest_way(compiled.program).instructions)
     cycles = Multiprocessor(steps, item.options["num_warps"], 1, latency_ns * 1e-9 * hopper.CLOCK).run_once()
     return cycles / hopper.CLOCK * 1e6
 

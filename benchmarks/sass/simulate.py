@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from sass import hopper
 from sass.machine import HEAVY, ISSUE, LITE, MEMORY, UNITS, Step
@@ -82,6 +82,8 @@ class Multiprocessor:
         self.arrived: list[list[int]] = [[] for _ in range(programs)]
         self.arrived_at = [0.0] * count
         self.waits: collections.Counter[str] = collections.Counter()
+        self.marks: Container[int] = ()
+        self.passed: dict[int, float] = {}
         self.queue: list[tuple[float, float, int]] = []
 
     def run(self, iterations: int, warm_up: int) -> Run:
@@ -103,8 +105,9 @@ class Multiprocessor:
                 return self._summary(begin, time)
         raise ValueError("the loop has no end")
 
-    def run_once(self) -> float:
-        """Cycles until all programs, started together, have done it once."""
+    def run_once(self, marks: Container[int] = ()) -> float:
+        """Cycles until all programs, started together, have done it once; ``passed`` is when all were at ``marks``."""
+        self.marks = marks
         for warp in range(self.warps * self.programs):
             heapq.heappush(self.queue, (0.0, 0.0, warp))
         return max(time for time, _ in self._laps(1)) + 1
@@ -120,6 +123,8 @@ class Multiprocessor:
             if possible > time:
                 heapq.heappush(self.queue, (possible, self.issued_at[warp], warp))
                 continue
+            if self.position[warp] in self.marks:
+                self.passed[self.position[warp]] = time
             stays = self._issue(step, warp, scheduler, time)
             done = self.position[warp] == last
             self.position[warp] = 0 if done else self.position[warp] + 1
