@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from gpu_suite import errors
 from gpu_suite.context import Context
 from gpu_suite.environment import l2_bytes
+from gpu_suite.journal import Journal
 from gpu_suite.states import SPARE, random_state
 from gpu_suite.timing import Contender, copies_for, interleave
 from innerq_compile import ops
@@ -22,12 +24,22 @@ LONGEST = 65536
 
 def run(context: Context) -> None:
     """Rows ``append``: microseconds per step (mean over a flush period); rows ``prefill``: GB/s of 16-bit numbers."""
+    journal = Journal(context)
     for batch in (1,) if context.dry else BATCHES:
         for length in (200,) if context.dry else CONTEXTS:
             for preset in PRESETS[:2] if context.dry else context.without_broken(PRESETS):
+                case = f"{preset} {batch} {length}"
+                if preset in journal.broken or journal.has(case):
+                    continue
                 if context.seconds_left() < 2 and not context.dry:
                     return
-                _measure(context, preset, batch, length)
+                journal.begin(case, preset)
+                try:
+                    _measure(context, preset, batch, length)
+                except Exception as error:  # noqa: BLE001 the other presets are still worth their row
+                    errors.raise_if_lost(error)
+                    context.emit("failed", case=case, reason=f"{type(error).__name__}: {error}"[:500])
+                journal.done(case)
 
 
 def warm(context: Context) -> None:

@@ -6,14 +6,15 @@ import importlib
 
 from gpu_suite.context import Context
 
-PARTS = {
+FUNCTIONS = {
     "decode": ("decode", "warm"), "flex": ("decode", "warm_flex"), "products": ("products", "warm"),
     "append": ("append", "warm"),
 }  # fmt: skip
+"""First word of a part -> module and function; the function finds the second word, a preset, in the context."""
 
 
 def run(context: Context) -> None:
     """Does one part; on the CPU there is nothing to compile."""
-    module, function = PARTS[context.part]
+    module, function = FUNCTIONS[context.part.split()[0]]
     if not context.dry:
         getattr(importlib.import_module(f"gpu_suite.{module}"), function)(context)

@@ -46,26 +46,30 @@ class Setup(NamedTuple):
 
 
 def setups(part: str, dry: bool) -> Iterator[Setup]:
-    """What one process checks; ``part`` is a preset's name or a word of :mod:`gpu_suite.plan`."""
+    """What one process checks; ``part`` is one of :data:`gpu_suite.plan.SECTIONS`."""
     shapes = [(4, 2, 32)] if dry else [(32, 8, 128), (32, 32, 128), (32, 8, 64)]
-    if part in PRESETS:
-        config = InnerQConfig.from_preset(part)
+    preset, _, rest = part.partition("/")
+    if rest == "masks":
+        if not dry:
+            yield Setup(InnerQConfig.from_preset(preset), 8, 2, 128, torch.float16, pads=0, calls=ALL)
+    elif preset in PRESETS:
+        config = InnerQConfig.from_preset(preset)
         if dry:  # in float16, because Triton's interpreter rounds to bfloat16 in a way of its own
             yield Setup(config, *shapes[0], dtype=torch.float16, chunks=(200, 1, 31), capacity=256)
         else:
-            for shape in shapes:
-                yield Setup(config, *shape, calls=SOME if shape == shapes[0] else FEW)
+            yield Setup(config, *shapes[0], calls=SOME)
             yield Setup(config, 32, 8, 128, chunks=(2900, 1, 33, 1), capacity=3072)
-            yield Setup(config, 8, 2, 128, torch.float16, pads=0, calls=ALL if part in ("base", "hybrid") else FEW)
-    elif part == "asymmetric":
+            yield from (Setup(config, *shape) for shape in shapes[1:])
+            yield Setup(config, 8, 2, 128, torch.float16, pads=0)
+    elif part in ("asymmetric", "hybrid keys"):
+        mode = part.split()[0]
         for bits in (3,) if dry else (2, 3, 4, 8):
-            for mode in ("asymmetric", "hybrid"):
-                config = InnerQConfig(key_bits=bits, value_bits=bits, key_mode=mode, value_mode=mode)
-                yield Setup(config, *shapes[0])
+            config = InnerQConfig(key_bits=bits, value_bits=bits, key_mode=mode, value_mode=mode)
+            yield Setup(config, *shapes[0])
     elif part == "paper":
-        for preset in ("paper-base", "paper-small", "paper-hybrid"):
-            yield Setup(InnerQConfig.from_preset(preset), *shapes[0])
-    elif part == "shapes":
+        for name in ("paper-base", "paper-small", "paper-hybrid"):
+            yield Setup(InnerQConfig.from_preset(name), *shapes[0])
+    elif part.startswith("shapes"):
         options: list[tuple[dict[str, Any], tuple[int, int, int]]] = [
             ({}, (3, 1, 96)),
             ({"key_norm": "off"}, (4, 4, 32)),
@@ -75,7 +79,8 @@ def setups(part: str, dry: bool) -> Iterator[Setup]:
             ({"group_size": 64}, (8, 1, 64)),
             ({"sink": 0, "recent": 1}, (6, 2, 128)),
         ]
-        for settings, shape in options[:3] if dry else options:
+        third = int(part.split()[1]) - 1
+        for settings, shape in options[third : third + 1] if dry else options[third::3]:
             config = InnerQConfig(**settings)
             yield Setup(config, *shape, dtype=torch.float32, calls=FEW if settings and not dry else ALL)
 
@@ -109,9 +114,7 @@ def _record(context: Context, setup: Setup, op: str, check: Callable[[], Iterato
         for found in check():
             context.emit("checks", **row, **found)
     except Exception as error:  # noqa: BLE001 the other ops are still worth checking
-        # A broken context fails everything after it: that is one error, not many.
-        if "illegal memory access" in str(error):
-            raise
+        errors.raise_if_lost(error)  # it would fail everything after it: that is one error, not many
         reason = traceback.format_exc(limit=-6)[-1500:]
         context.emit("checks", **row, ok=False, reason=reason)
 

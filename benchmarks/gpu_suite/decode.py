@@ -10,6 +10,8 @@ import torch
 from gpu_suite import errors, goals, rivals
 from gpu_suite.context import Context
 from gpu_suite.environment import l2_bytes
+from gpu_suite.jobs import read_rows
+from gpu_suite.journal import TIMING, Journal
 from gpu_suite.memory_read import best_reader
 from gpu_suite.states import SPARE, copies_of, held_bytes, random_state
 from gpu_suite.timing import Contender, copies_for, interleave
@@ -33,6 +35,11 @@ class Case(NamedTuple):
     context: int
 
     @property
+    def name(self) -> str:
+        """One word."""
+        return "/".join(map(str, self))
+
+    @property
     def bf16_bytes(self) -> int:
         """Keys and values of all tokens."""
         return 4 * self.batch * self.heads * self.context * self.head_dim
@@ -49,6 +56,9 @@ CASES = [
     *(Case(*MHA, 8, n) for n in (4 * K, K, 32 * K)),
     *(Case(*MHA, 64, n) for n in (K, 4 * K, 32 * K)),
 ]
+WARMED = (1, 4 * K)
+"""Batch and context that the kernels are compiled with: they are the same for all others."""
+
 DRY_CASES = [Case(4, 2, 32, 2, 200), Case(2, 2, 32, 1, 200)]
 FLEX_CASES = [Case(*GQA, 1, 32 * K), Case(*GQA, 8, 32 * K), Case(*GQA, 1, 128 * K), Case(*MHA, 1, 32 * K)]
 
@@ -59,37 +69,43 @@ def run(context: Context) -> None:
     if not context.dry:
         ceiling = best_reader(context.device)[1]
     context.emit("ceiling", gb_per_s=round(ceiling, 1))
-    best_ways: dict[Case, str] = {}
+    journal = Journal(context)
+    best_ways = {
+        Case(*(row[name] for name in Case._fields)): row["best_bf16"]
+        for row in read_rows(context.rows).get("attention", []) if "best_bf16" in row
+    }  # fmt: skip
     cases = (
         DRY_CASES
         if context.dry
         else [case for case in CASES if (case.heads == case.q_heads) == (context.part == "mha")]
     )
     for case in cases:
+        if journal.has(case.name):
+            continue
         # FlexAttention's share of the time; a case takes about two seconds.
         if context.seconds_left() < (0 if context.dry else 20):
             context.emit("attention", **case._asdict(), skipped="out of time")
             continue
         try:
-            best_ways[case] = _run_case(context, case, ceiling)
+            best_ways[case] = _run_case(context, journal, case, ceiling)
         except torch.cuda.OutOfMemoryError:
             context.emit("attention", **case._asdict(), skipped="does not fit the memory")
+        journal.done(case.name)
         _free(context.device)
     for case in FLEX_CASES:
-        if case in best_ways and context.seconds_left() > 5:
+        name = f"flex {case.name}"
+        if case in best_ways and context.seconds_left() > 5 and not journal.has(name):
+            journal.begin(name, TIMING)
             _run_flex(context, case, best_ways[case])
+            journal.done(name)
             _free(context.device)
 
 
 def warm(context: Context) -> None:
-    """Compiles what :func:`run` will need, into the caches on disk."""
+    """Compiles what :func:`run` will need for the preset that the part names, into the cache on disk."""
     for shape in (GQA, MHA):
-        for batch, length in ((1, 32 * K), (8, 4 * K), (1, K)):
-            case = Case(*shape, batch, length)
-            query = _query(context, case)
-            for preset in PRESETS:
-                ours(query, _state(context, case, preset)[0], preset, case)
-        _free(context.device)
+        case, preset = Case(*shape, *WARMED), context.part.split()[1]
+        ours(_query(context, case), _state(context, case, preset)[0], preset, case)
 
 
 def warm_flex(context: Context) -> None:
@@ -106,7 +122,7 @@ def ours(query: torch.Tensor, state: LayerState, preset: str, case: Case) -> tor
     return ops.decode_attention(query, *state, None, case.head_dim**-0.5, case.context + SPARE, spec)
 
 
-def _run_case(context: Context, case: Case, ceiling: float) -> str:
+def _run_case(context: Context, journal: Journal, case: Case, ceiling: float) -> str:
     """Checks and times one case; returns the name of the best 16-bit way."""
     l2, query = l2_bytes(context.device), _query(context, case)
     contenders: dict[str, Contender] = {}
@@ -114,8 +130,11 @@ def _run_case(context: Context, case: Case, ceiling: float) -> str:
     failed: dict[str, str] = {}
     fits = not context.dry and _free_bytes(context.device) > 1.5 * case.bf16_bytes
     if fits or context.dry:
-        contenders |= _rival_contenders(context, case, query, l2, checked, failed)
+        contenders |= _rival_contenders(context, journal, case, query, l2, checked, failed)
     for preset in context.without_broken(PRESETS):
+        if preset in journal.broken:
+            continue
+        journal.begin(case.name, preset)
         try:
             state, size = _state(context, case, preset)
             out = ours(query, state, preset, case)
@@ -124,13 +143,14 @@ def _run_case(context: Context, case: Case, ceiling: float) -> str:
                 continue
             copies = copies_of(state, copies_for(size, context.device, l2, _free_bytes(context.device) / 2))
         except Exception as error:  # noqa: BLE001 the other presets are still worth their row
-            _raise_if_lost(error)
+            errors.raise_if_lost(error)
             failed[preset] = f"{type(error).__name__}: {error}"[:500]
             continue
         contenders[preset] = Contender(
             lambda i, copies=copies, preset=preset: ours(query, copies[i % len(copies)], preset, case),
             len(copies), size,
         )  # fmt: skip
+    journal.begin(case.name, TIMING)
     timings = interleave(contenders, context.device, rounds=1 if context.dry else 11, failed=failed)
     ways = [name for name in timings if name not in PRESETS]
     best = min(ways, key=lambda name: timings[name].us) if ways else None
@@ -151,7 +171,7 @@ def _run_case(context: Context, case: Case, ceiling: float) -> str:
 
 
 def _rival_contenders(
-    context: Context, case: Case, query: torch.Tensor, l2: int, checked: dict[str, errors.Checked],
+    context: Context, journal: Journal, case: Case, query: torch.Tensor, l2: int, checked: dict[str, errors.Checked],
     failed: dict[str, str],
 ) -> dict[str, Contender]:  # fmt: skip
     pair, size = _pair(context, case), case.bf16_bytes
@@ -160,10 +180,13 @@ def _rival_contenders(
     ways = rivals.sdpa_ways(case.q_heads // case.heads, context.device) | rivals.other_ways(case.batch)
     found = {}
     for name, attend in ways.items():
+        if name in journal.broken:
+            continue
+        journal.begin(case.name, name)
         try:
             checked[name] = _check_rival(attend(query, *pair), query, *pair)
         except Exception as error:  # noqa: BLE001 a backend that refuses these shapes is no contender
-            _raise_if_lost(error)
+            errors.raise_if_lost(error)
             failed[name] = f"{type(error).__name__}: {error}"[:300]
             continue
         if checked[name].ok:
@@ -190,6 +213,7 @@ def _run_flex(context: Context, case: Case, best: str) -> None:
         }
         timings = interleave(contenders, context.device, failed=failed) if result.ok else {}
     except Exception as error:  # noqa: BLE001 its row says why
+        errors.raise_if_lost(error)
         context.emit("failed", **case._asdict(), way="FlexAttention", reason=f"{type(error).__name__}: {error}"[:500])
         return
     for name, timing in timings.items():
@@ -237,14 +261,6 @@ def _check_rival(out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, valu
     return errors.check(
         out[:1, :q_heads], query[:1, :q_heads], key[:1, :heads], value[:1, :heads], query.shape[3] ** -0.5, exact=True
     )
-
-
-def _raise_if_lost(error: Exception) -> None:
-    """Nothing can be run after an error that destroys the process's CUDA context."""
-    if any(
-        word in str(error) for word in ("illegal memory access", "unspecified launch failure", "misaligned address")
-    ):
-        raise error
 
 
 def _free_bytes(device: torch.device) -> float:

@@ -1,12 +1,15 @@
 """Section 5: decode tokens per second of whole models, ours against StaticCache + Inductor, both with CUDA graphs.
 
-A process does one model, cache and batch. It compiles early, beside the checks, with all weights in one small buffer,
-and frees what it can; when its turn comes it gives the weights memory of their own and measures. Caches are filled with
+A process does one model, cache and batch. It compiles early, beside the checks, and runs nothing of what it compiled:
+weights share one small buffer, and so do the caches of all layers, so that many of these processes fit one GPU and none
+keeps a graph's memory. When its turn comes it gives them memory of their own and measures. Caches are filled with
 random numbers instead of a prefill, which changes no decode step.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import time
 from collections.abc import Callable
@@ -14,11 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, StaticCache
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticLayer
 
 from gpu_suite import models
 from gpu_suite.context import Context
 from gpu_suite.states import fill, set_context
+from innerq_compile import ops
 from innerq_compile.cache import InnerQCache
 
 WARM_UP, STEPS, ROUNDS = 5, 16, 3
@@ -46,6 +50,28 @@ class Unit(NamedTuple):
         return max(self.contexts) + ROOM
 
 
+class Prepared(Exception):  # noqa: N818 nothing is wrong
+    """A compiled graph exists and was not run."""
+
+
+class Held:
+    """A backend around another one, whose graphs raise :class:`Prepared` instead of running until ``open`` is set."""
+
+    def __init__(self, backend: Callable[..., Any]) -> None:
+        self.backend, self.open = backend, False
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        """Compiles a graph."""
+        graph = self.backend(gm, inputs)
+
+        def call(*args: Any) -> Any:
+            if not self.open:
+                raise Prepared
+            return graph(*args)
+
+        return call
+
+
 def run(context: Context) -> None:
     """Rows ``end_to_end``, one per context."""
     unit, dtype = Unit.parse(context.part), torch.float32 if context.dry else torch.bfloat16
@@ -55,43 +81,73 @@ def run(context: Context) -> None:
     began = time.monotonic()
     with torch.no_grad():
         model = models.build(unit.model, device, dtype)
-        step = compiled(model, unit, context.dry)
-        compiled_for = _compile(context, model, step, unit, needed)
+        backend = Held(backend_of(unit, context.dry))
+        step = torch.compile(model.forward, backend=backend)
+        prepare(model, step, unit, device, context.dry)
+        backend.open = True
         compile_seconds = time.monotonic() - began
         if not context.wait_for_turn():
             raise TimeoutError("its turn to measure never came")
         row = {"model": unit.model, "cache": unit.cache, "batch": unit.batch, "capacity": unit.capacity}
-        graphs = _graphs_compiled()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            free = torch.cuda.mem_get_info()[0]
-            if needed + models.weight_bytes(unit.model) > 0.97 * free:
-                context.emit("end_to_end", **row, contexts=unit.contexts, skipped="does not fit the memory")
-                return
-        models.own_weights(model)
-        cache = new_cache(model, unit)
-        for length in unit.contexts:
-            if context.seconds_left() < 2 and not context.dry:
-                context.emit("end_to_end", **row, context=length, skipped="out of time")
-                continue
-            hold(cache, length)
-            times = [_seconds_per_step(step, cache, unit, length, device, context.dry) for _ in range(ROUNDS)]
-            seconds = sorted(times)[len(times) // 2]
-            peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-            context.emit(
-                "end_to_end", **row, context=length, ms_per_step=seconds * 1e3, tokens_per_s=unit.batch / seconds,
-                ms_of_rounds=[t * 1e3 for t in times], peak_bytes=peak, cache_bytes=needed,
-                compile_s=round(compile_seconds, 1), compiled_for=compiled_for,
-                recompiles=_graphs_compiled() - graphs,
-            )  # fmt: skip
-        if unit.cache != "static" and unit.batch == 1:
-            context.emit("logits", **row, context=unit.contexts[0], error=_logits_error(model, step, cache, unit))
+        row |= {"cache_bytes": needed, "compile_s": round(compile_seconds, 1)}
+        too_large = device.type == "cuda" and needed + models.weight_bytes(unit.model) > 0.97 * _free_bytes()
+        try:
+            if too_large:
+                raise torch.cuda.OutOfMemoryError(f"{_free_bytes() / 1e9:.1f} GB are free")
+            _measure(context, model, step, unit, row)
+        except torch.cuda.OutOfMemoryError as error:
+            context.emit("end_to_end", **row, contexts=unit.contexts, skipped=f"does not fit the memory: {error}"[:300])
 
 
-def compiled(model: PreTrainedModel, unit: Unit, dry: bool) -> Callable[..., Any]:
-    """The model's forward, compiled as a user would; dry, it only goes through Dynamo and our passes."""
-    if unit.cache == "static":
-        return torch.compile(model.forward, **({"backend": "eager"} if dry else {"mode": "reduce-overhead"}))
+def prepare(
+    model: PreTrainedModel, step: Callable[..., Any], unit: Unit, device: torch.device, dry: bool
+) -> None:  # fmt: skip
+    """Compiles a decode step and the attention kernel that it will launch; leaves the model without weights."""
+    cache = new_cache(model, unit, shared=True)
+    hold(cache, unit.contexts[0])
+    with contextlib.suppress(Prepared):
+        _steps(step, cache, unit, unit.contexts[0], 1, device, dry)
+    if isinstance(cache, InnerQCache):
+        layer, config = cache.layers[0], model.config
+        shape = (unit.batch, config.num_attention_heads, 1, config.head_dim)
+        mask = torch.ones(unit.batch, 1, 1, layer.capacity, dtype=torch.bool, device=device)
+        query = torch.ones(shape, dtype=layer.dtype, device=device)
+        ops.decode_attention(query, *layer.state, mask, config.head_dim**-0.5, layer.capacity, layer.spec)
+    cache = None
+    gc.collect()
+    models.drop_weights(model)
+
+
+def _measure(
+    context: Context, model: PreTrainedModel, step: Callable[..., Any], unit: Unit, row: dict[str, Any]
+) -> None:  # fmt: skip
+    device, graphs = context.device, _counted("stats", "unique_graphs")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    models.own_weights(model)
+    cache = new_cache(model, unit)
+    for length in unit.contexts:
+        if context.seconds_left() < 2 and not context.dry:
+            context.emit("end_to_end", **row, context=length, skipped="out of time")
+            continue
+        hold(cache, length)
+        times = [_seconds_per_step(step, cache, unit, length, device, context.dry) for _ in range(ROUNDS)]
+        seconds = sorted(times)[len(times) // 2]
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        context.emit(
+            "end_to_end", **row, context=length, ms_per_step=seconds * 1e3, tokens_per_s=unit.batch / seconds,
+            ms_of_rounds=[t * 1e3 for t in times], peak_bytes=peak,
+            recompiles=_counted("stats", "unique_graphs") - graphs,
+            cudagraph_skips=_counted("inductor", "cudagraph_skips"),
+        )  # fmt: skip
+    if unit.cache != "static" and unit.batch == 1:
+        context.emit("logits", **row, context=unit.contexts[0], error=_logits_error(model, step, cache, unit))
+
+
+def backend_of(unit: Unit, dry: bool) -> Callable[..., Any]:
+    """What a user would compile with; dry, the model only goes through Dynamo and our passes."""
+    if dry and unit.cache == "static":
+        return lambda gm, inputs: gm.forward
     if dry:
         from innerq_compile.passes import run_passes
 
@@ -101,14 +157,22 @@ def compiled(model: PreTrainedModel, unit: Unit, dry: bool) -> Callable[..., Any
                 raise AssertionError(f"not every layer was fused: {report}")
             return gm.forward
 
-        return torch.compile(model.forward, backend=passes_only)
-    from innerq_compile.backend import innerq
+        return passes_only
+    from innerq_compile.backend import innerq, mode_options
 
-    return torch.compile(model.forward, backend=innerq, mode="reduce-overhead")
+    if unit.cache == "static":
+        from torch._inductor.compile_fx import compile_fx
+
+        return functools.partial(compile_fx, config_patches=mode_options("reduce-overhead"))
+    return functools.partial(innerq, mode="reduce-overhead")
 
 
-def new_cache(model: PreTrainedModel, unit: Unit) -> Cache:
-    """A filled cache of the unit's kind; how many tokens it holds is for :func:`hold` to say."""
+def new_cache(model: PreTrainedModel, unit: Unit, shared: bool = False) -> Cache:
+    """A filled cache of the unit's kind; how many tokens it holds is for :func:`hold` to say.
+
+    Args:
+        shared: All layers in the memory of the first, each with storages of its own as far as torch can tell.
+    """
     parameter, config = next(model.parameters()), model.config
     none = parameter.new_empty(unit.batch, config.num_key_value_heads, 0, config.head_dim)
     if unit.cache == "static":
@@ -117,11 +181,15 @@ def new_cache(model: PreTrainedModel, unit: Unit) -> Cache:
         cache = InnerQCache(config, preset=unit.cache, max_cache_len=unit.capacity)
     for layer in cache.layers:
         layer.lazy_initialization(none, none)
-        if unit.cache == "static":
+        if unit.cache != "static":
+            layer.is_empty = False
+        if shared and layer is not cache.layers[0]:
+            for first, own in zip(_buffers(cache.layers[0]), _buffers(layer), strict=True):
+                move_into(own, first)
+        elif unit.cache == "static":
             layer.keys.normal_()
             layer.values.normal_()
         else:
-            layer.is_empty = False
             fill(layer.state, layer.config, max(unit.contexts))
     if isinstance(cache, InnerQCache):
         cache.set_padding(None)
@@ -152,26 +220,18 @@ def cache_bytes(unit: Unit, config: Any) -> int:
     return config.num_hidden_layers * sum(x.numel() * x.element_size() for x in state)
 
 
-def _compile(context: Context, model: PreTrainedModel, step: Callable[..., Any], unit: Unit, needed: int) -> str:
-    """Compiles beside the checks when the GPU has room for the cache, else later, when the process has its turn."""
-    if context.device.type == "cuda":
-        # Several of these processes prepare at once; a large cache waits until it is alone.
-        until = time.monotonic() + 60
-        while torch.cuda.mem_get_info()[0] < 1.5 * needed + 8e9 and time.monotonic() < until:
-            time.sleep(0.5)
-        if torch.cuda.mem_get_info()[0] < 1.2 * needed + 4e9:
-            return "its turn"
-    when = "ahead"
-    try:
-        cache = new_cache(model, unit)
-        hold(cache, unit.contexts[0])
-        _steps(step, cache, unit, unit.contexts[0], 1, context.device, context.dry)
-    except torch.cuda.OutOfMemoryError:
-        when = "its turn"
-    cache = None
-    gc.collect()
-    models.drop_weights(model)
-    return when
+def _buffers(layer: Any) -> tuple[torch.Tensor, ...]:
+    return (layer.keys, layer.values) if isinstance(layer, StaticLayer) else tuple(layer.state)
+
+
+def move_into(tensor: torch.Tensor, other: torch.Tensor) -> None:
+    """Frees a tensor's memory and has it use another's, of the same shape, through a storage that is not the other's.
+
+    Inputs of a graph that share a storage and are written would make it another graph; torch does not see this.
+    """
+    if tensor.numel():
+        storage = torch.from_dlpack(other.flatten()).untyped_storage()
+        tensor.set_(storage, 0, tensor.shape, tensor.stride())
 
 
 def _seconds_per_step(
@@ -223,5 +283,9 @@ def _logits_error(model: PreTrainedModel, step: Callable[..., Any], cache: Cache
     return float((logits[0] - logits[1]).norm() / logits[1].norm())
 
 
-def _graphs_compiled() -> int:
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+def _counted(group: str, name: str) -> int:
+    return int(torch._dynamo.utils.counters[group][name])
+
+
+def _free_bytes() -> int:
+    return torch.cuda.mem_get_info()[0]

@@ -65,6 +65,19 @@ def check(
     return Checked(float((out.double() - wanted).norm() / norm), budget)
 
 
+LOST = (
+    "illegal memory access", "unspecified launch failure", "misaligned address", "device-side assert",
+    "illegal instruction", "an illegal address",
+)  # fmt: skip
+"""Words of the errors after which nothing more can be run on the GPU in this process."""
+
+
+def raise_if_lost(error: Exception) -> None:
+    """Raises an error again that has destroyed the process's CUDA context."""
+    if any(words in str(error) for words in LOST):
+        raise error
+
+
 def _rounded(x: torch.Tensor, levels: int) -> torch.Tensor:
     if not levels:
         return x

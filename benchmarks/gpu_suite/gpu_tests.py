@@ -7,12 +7,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from gpu_suite.context import Context
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTHING_COLLECTED = 5
+NOTHING_COLLECTED, TIMEOUT = 5, "timeout"
 KERNEL_TESTS = "test_triton"
 """Tests of the kernels that carry no marker, because without a GPU they run in Triton's interpreter."""
 
@@ -32,14 +33,14 @@ def run(context: Context) -> None:
         context.emit("pytest", part=context.part, status=NOTHING_COLLECTED, counts={}, files=[])
         return
     workers = ["-n", "4"] if importlib.util.find_spec("xdist") and not context.dry else []
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *names]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *workers, *names]
     command += ["-m", "gpu" if marked or context.dry else "not gpu"]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     status, output = _output(command, environment, max(5.0, context.seconds_left()))
     counts = {name: int(number) for number, name in COUNT.findall(output[-500:])}
-    passed = status in (0, NOTHING_COLLECTED)
-    tail = {} if passed else {"output": output[-6000:]}
+    passed = status in (0, NOTHING_COLLECTED, TIMEOUT)
+    tail = {} if status in (0, NOTHING_COLLECTED) else {"output": output[-6000:]}
     context.emit("pytest", part=context.part, status=status, counts=counts, files=names, **tail)
     if not passed:
         raise AssertionError(output[-4000:])
@@ -61,9 +62,16 @@ def is_of_kernels(path: Path) -> bool:
 
 
 def _output(command: list[str], environment: dict[str, str], seconds: float) -> tuple[int | str, str]:
-    """Exit status, or the word timeout, and what was printed until then."""
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired as stopped:
-        return "timeout", (stopped.stdout or b"").decode(errors="replace")
-    return done.returncode, done.stderr[-2000:] + done.stdout
+    """Exit status, or the word timeout, and what was printed until then.
+
+    Into a file: workers of a pytest that was stopped would keep a pipe open.
+    """
+    with tempfile.TemporaryFile() as file:
+        try:
+            status: int | str = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=seconds
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = TIMEOUT
+        file.seek(0)
+        return status, file.read().decode(errors="replace")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -28,19 +29,19 @@ class Job:
 
     def __init__(self, section: str, part: str, folder: Path, seconds: float) -> None:
         self.section, self.part, self.seconds = section, part, seconds
-        stem = folder / f"{section}-{part}".replace("/", "-").replace(",", "-")
+        stem = folder / f"{section}-{part}".translate(str.maketrans("/, ", "---"))
         self.rows, self.log, self.gate = (stem.with_name(stem.name + end) for end in (".jsonl", ".log", ".gate"))
-        self.status = "waiting"
+        self.status, self.starts, self.broken = "waiting", 0, False
         self.began = self.ended = 0.0
         self.process: subprocess.Popen | None = None
 
-    def start(self, argv: list[str], environment: dict[str, str]) -> None:
-        """Starts the process in a session of its own, so that its workers can be ended with it."""
-        self.began, self.status = time.monotonic(), "running"
-        with self.log.open("wb") as log:
+    def start(self, argv: list[str], environment: dict[str, str], nice: int = 0) -> None:
+        """Starts the process in a session of its own, so that its workers can be ended with it; also once more."""
+        self.began, self.ended, self.status, self.starts = time.monotonic(), 0.0, "running", self.starts + 1
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=functools.partial(os.nice, nice) if nice else None,
             )  # fmt: skip
 
     def poll(self) -> bool:
@@ -53,8 +54,13 @@ class Job:
         elif code is not None:
             self.ended = time.monotonic()
             self.status = "ok" if code == 0 else "failed"
+            self.broken |= code != 0
             self.kill_leftovers()
         return not self.ended
+
+    def broke(self) -> bool:
+        """It ended with an error, when it was last started."""
+        return self.status == "failed"
 
     def is_ready(self) -> bool:
         """A held process has prepared itself and waits for :meth:`go`."""
@@ -81,10 +87,13 @@ class Job:
     def record(self) -> dict[str, Any]:
         """Status, seconds and, unless all went well, the end of the log."""
         ended = self.ended or time.monotonic()
-        found: dict[str, Any] = {"status": self.status, "seconds": round(ended - self.began, 1) if self.began else 0.0}
+        status = "failed" if self.broken and self.ended else self.status
+        found: dict[str, Any] = {"status": status, "seconds": round(ended - self.began, 1) if self.began else 0.0}
         if self.part:
             found["part"] = self.part
-        if self.status not in ("ok", "running", "waiting") and self.log.exists():
+        if self.starts > 1:
+            found["starts"] = self.starts
+        if status not in ("ok", "running", "waiting") and self.log.exists():
             found["error"] = self.log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:]
         return found
 

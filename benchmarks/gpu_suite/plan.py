@@ -14,7 +14,9 @@ class Section:
         least: What sections before it must leave it of the whole budget.
         parts: Run as one process each, given to the module as ``context.part``; ``("",)`` is a single process.
         together: Runs at the same time as its neighbours that say so: it checks or compiles, and times nothing.
-        held: Its processes start early, compile beside the checks, and measure one by one when their turn comes.
+        held: Its processes start early, compile beside everything else, and measure one by one when their turn comes.
+        resumes: It keeps a journal: started again after a crash, it goes on behind what broke it.
+        nice: What can wait gets the processors' spare time.
     """
 
     name: str
@@ -24,6 +26,8 @@ class Section:
     parts: tuple[str, ...] = ("",)
     together: bool = False
     held: bool = False
+    resumes: bool = False
+    nice: int = 0
 
 
 END_TO_END = (
@@ -48,7 +52,7 @@ kernels read the length from the device); a StaticCache attends to its whole cap
 
 DRY_PARTS = {
     "end_to_end": ("tiny/static/1/192", "tiny/base/1/192,224"),
-    "compile_ahead": ("decode",),
+    "compile_ahead": ("decode base",),
     "decode": ("gqa",),
 }
 """What a dry run does instead."""
@@ -59,22 +63,36 @@ SECTIONS = (
         "correctness",
         "Kernels against the reference",
         170,
-        parts=("base", "small", "hybrid", "int4", "int8", "asymmetric", "paper", "shapes"),
+        parts=(
+            "base",
+            "small",
+            "hybrid",
+            "int4",
+            "int8",
+            "base/masks",
+            "hybrid/masks",
+            "asymmetric",
+            "hybrid keys",
+            "paper",
+            "shapes 1",
+            "shapes 2",
+            "shapes 3",
+        ),
         together=True,
     ),  # fmt: skip
-    Section("gpu_tests", "The project's own tests", 170, parts=("marked", "kernels"), together=True),
+    Section("gpu_tests", "The project's own tests", 170, parts=("marked", "kernels"), together=True, nice=5),
     Section(
         "compile_ahead",
         "Compilations that the tables would wait for",
         170,
-        parts=("decode", "products", "flex", "append"),
+        parts=("decode base", "decode small", "decode int4", "decode int8", "products", "append", "flex"),
         together=True,
     ),  # fmt: skip
-    Section("decode", "Decode attention of one layer", 90, least=60, parts=("gqa", "mha")),
-    Section("products", "The paper's experiment: both products alone", 70, least=25),
-    Section("append", "Append and prefill quantization", 30, least=10),
+    Section("decode", "Decode attention of one layer", 90, least=60, parts=("gqa", "mha"), resumes=True),
+    Section("products", "The paper's experiment: both products alone", 70, least=25, resumes=True),
+    Section("append", "Append and prefill quantization", 30, least=10, resumes=True),
     Section("memory", "Largest batch and context", 20, least=5),
-    Section("end_to_end", "Whole models", 170, least=60, parts=END_TO_END, held=True),
+    Section("end_to_end", "Whole models", 45, least=80, parts=END_TO_END, held=True, nice=10),
 )
 
 BUDGET = 520.0

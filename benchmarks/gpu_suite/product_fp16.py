@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def qk_fp16_kernel(q_ptr, k_ptr, out_ptr, tokens, steps, D: tl.constexpr, BLOCK: tl.constexpr):
     """out[h, t] = q[h] . k[h, t]: q float16 [heads, D], k float16 [heads, tokens, D], out float32 [heads, tokens].
 
@@ -19,7 +19,7 @@ def qk_fp16_kernel(q_ptr, k_ptr, out_ptr, tokens, steps, D: tl.constexpr, BLOCK:
         tl.store(out_ptr + head * tokens + token, tl.sum(k.to(tl.float32) * q, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def av_fp16_kernel(p_ptr, v_ptr, out_ptr, tokens, steps, D: tl.constexpr, BLOCK: tl.constexpr):
     """out[h, split] = p[h, tokens of the split] . v[h, same tokens]: float16 in, float32 [heads, splits, D] out.
 

@@ -61,7 +61,7 @@ def outer_tiles(x, codes, scales_ptrs, zeros_ptrs, P: tl.constexpr, INT8: tl.con
     return dots + tl.sum(x * zero, 2, keep_dims=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def qk_matrices_kernel(q_ptr, codes_ptr, scales_ptr, zeros_ptr, out_ptr, blocks, steps, QUERIES: tl.constexpr,
                        TILES: tl.constexpr, BITS: tl.constexpr, LAYOUT: tl.constexpr, CENTER: tl.constexpr,
                        INT8: tl.constexpr, P: tl.constexpr):  # fmt: skip
@@ -100,7 +100,7 @@ def qk_matrices_kernel(q_ptr, codes_ptr, scales_ptr, zeros_ptr, out_ptr, blocks,
             tl.store(out_ptrs, stacked, mask=(m[None, :, None] < QUERIES) & (p < P))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def av_matrices_kernel(p_ptr, codes_ptr, scales_ptr, zeros_ptr, out_ptr, blocks, steps, QUERIES: tl.constexpr,
                        TILES: tl.constexpr, BITS: tl.constexpr, LAYOUT: tl.constexpr, CENTER: tl.constexpr,
                        INT8: tl.constexpr, P: tl.constexpr):  # fmt: skip

@@ -130,7 +130,7 @@ def tile_products(x_ptrs, codes_ptr, scales_ptr, zeros_ptr, tile, BITS: tl.const
     return y_0, y_1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def qk_words_kernel(q_ptr, codes_ptr, scales_ptr, zeros_ptr, out_ptr, blocks, steps, TILES: tl.constexpr,
                     BITS: tl.constexpr, LAYOUT: tl.constexpr, CENTER: tl.constexpr, ASM: tl.constexpr,
                     STEP: tl.constexpr,):  # fmt: skip
@@ -152,7 +152,7 @@ def qk_words_kernel(q_ptr, codes_ptr, scales_ptr, zeros_ptr, out_ptr, blocks, st
         tl.store(out_ptrs + 16, tl.sum(y_1, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def av_words_kernel(p_ptr, codes_ptr, scales_ptr, zeros_ptr, out_ptr, blocks, steps, TILES: tl.constexpr,
                     BITS: tl.constexpr, LAYOUT: tl.constexpr, CENTER: tl.constexpr, ASM: tl.constexpr,
                     STEP: tl.constexpr,):  # fmt: skip

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gpu_suite import product_launch, product_layouts
+from gpu_suite import errors, product_launch, product_layouts
 from gpu_suite.context import Context
 from gpu_suite.environment import l2_bytes
+from gpu_suite.journal import TIMING, Journal
 from gpu_suite.product_layouts import LAYOUTS, Packed
 from gpu_suite.timing import Contender, copies_for, interleave
 from innerq_compile.config import BLOCK
@@ -27,6 +28,10 @@ SETTINGS = [(32, 1, n) for n in (32768, 8192, 2048, 512, 16384, 4096, 1024)] + [
 
 DRY_SETTINGS = [(1, 1, 64), (1, 4, 64)]
 PROGRAMS_PER_SM = (4, 16)
+
+
+Begin = Callable[[str], bool]
+"""Told the name of a kernel that is about to run for the first time; false: it is left out."""
 
 
 class Way(NamedTuple):
@@ -44,26 +49,38 @@ class Way(NamedTuple):
 
 def run(context: Context) -> None:
     """Rows ``products``: one per layout, product and kernel at every setting; wrong kernels are not timed."""
+    journal = Journal(context)
     for heads, queries, tokens in DRY_SETTINGS if context.dry else SETTINGS:
+        case = f"{heads} {queries} {tokens}"
+        if journal.has(case):
+            continue
         if context.seconds_left() < 4 and not context.dry:
             context.emit("late", heads=heads, queries=queries, tokens=tokens)
             continue
         setting = {"heads": heads, "queries": queries, "tokens": tokens}
         failed: dict[str, str] = {}
         ways = {}
-        for way in find_ways(context, heads, queries, tokens, failed):
+
+        def begin(name: str, case: str = case) -> bool:
+            if name not in journal.broken:
+                journal.begin(case, name)
+            return name not in journal.broken
+
+        for way in find_ways(context, heads, queries, tokens, failed, begin=begin):
             name = f"{way.layout}|{way.product}|{way.method}"
             if way.error <= way.budget:
                 ways[name] = way
             else:
                 context.emit("wrong", **setting, way=name, error=way.error, budget=way.budget)
         contenders = {name: Contender(way.call, way.copies, way.bytes) for name, way in ways.items()}
+        journal.begin(case, TIMING)
         timings = interleave(contenders, context.device, rounds=1 if context.dry else 7, failed=failed)
         for name, timing in timings.items():
             row = {key: value for key, value in ways[name]._asdict().items() if key != "call"}
             context.emit("products", **setting, **row, **timing.row(ways[name].bytes))
         for name, reason in failed.items():
             context.emit("failed", **setting, way=name, reason=reason)
+        journal.done(case)
 
 
 def warm(context: Context) -> None:
@@ -73,7 +90,8 @@ def warm(context: Context) -> None:
 
 
 def find_ways(
-    context: Context, heads: int, queries: int, tokens: int, failed: dict[str, str], copies: int = 0
+    context: Context, heads: int, queries: int, tokens: int, failed: dict[str, str], copies: int = 0,
+    begin: Begin = lambda name: True,
 ) -> Iterator[Way]:  # fmt: skip
     """Every kernel on every layout, with its error."""
     head_dim = 64 if context.dry else HEAD_DIM
@@ -82,15 +100,16 @@ def find_ways(
         x = torch.randn(shape, device=context.device) if product == "qk" else torch.rand(shape, device=context.device)
         x = x.half()
         dense = torch.randn(heads, tokens, head_dim, device=context.device).half()
-        yield from _fp16_ways(context, product, x, dense, failed, copies)
+        yield from _fp16_ways(context, product, x, dense, failed, copies, begin)
         for name, layouts in LAYOUTS.items():
             layout = layouts[0 if product == "qk" else 1]
             packed = product_layouts.random_packed(layout, heads, tokens, head_dim, context.device)
-            yield from _packed_ways(context, name, product, x, packed, failed, copies)
+            yield from _packed_ways(context, name, product, x, packed, failed, copies, begin)
 
 
 def _fp16_ways(
-    context: Context, product: str, x: torch.Tensor, dense: torch.Tensor, failed: dict[str, str], copies: int
+    context: Context, product: str, x: torch.Tensor, dense: torch.Tensor, failed: dict[str, str], copies: int,
+    begin: Begin,
 ) -> Iterator[Way]:  # fmt: skip
     keys = product == "qk"
     wanted = x.double() @ (dense.double().transpose(1, 2) if keys else dense.double())
@@ -106,12 +125,12 @@ def _fp16_ways(
         kernel = product_launch.qk_fp16 if keys else product_launch.av_fp16
         for block, steps in _cuts(context, dense.shape[0], dense.shape[1] // BLOCK, (1, 2)):
             calls[f"fma {block}x{steps}"] = lambda d, block=block, steps=steps: kernel(x, d, steps, block)
-    yield from _checked(FP16, product, calls, many, wanted, {}, budget, size, failed)
+    yield from _checked(FP16, product, calls, many, wanted, {}, budget, size, failed, begin)
 
 
 def _packed_ways(
     context: Context, name: str, product: str, x: torch.Tensor, packed: Packed, failed: dict[str, str],
-    copies: int,
+    copies: int, begin: Begin,
 ) -> Iterator[Way]:  # fmt: skip
     keys = product == "qk"
     wanted = product_layouts.product(x, product_layouts.decoded(packed), keys=keys)
@@ -136,7 +155,7 @@ def _packed_ways(
         for block, steps in cuts:
             method = f"mma {'int8' if int8 else 'fp16'} {block}x{steps}"
             calls[method] = lambda p, block=block, steps=steps, int8=int8: matrices(x, p, steps, block, int8)
-    yield from _checked(name, product, calls, many, wanted, budgets, budgets[""], packed.bytes, failed)
+    yield from _checked(name, product, calls, many, wanted, budgets, budgets[""], packed.bytes, failed, begin)
 
 
 def _fp16_budget(x: torch.Tensor, packed: Packed, wanted: torch.Tensor, keys: bool) -> float:
@@ -149,11 +168,15 @@ def _fp16_budget(x: torch.Tensor, packed: Packed, wanted: torch.Tensor, keys: bo
 def _checked(
     layout: str, product: str, calls: dict[str, Callable[[Any], torch.Tensor]], many: list[Any], wanted: torch.Tensor,
     budgets: dict[str, float], budget: float, size: int, failed: dict[str, str],
+    begin: Begin,
 ) -> Iterator[Way]:  # fmt: skip
     for method, call in calls.items():
+        if not begin(f"{layout}|{product}|{method}"):
+            continue
         try:
             error = float((call(many[0]).double() - wanted).norm() / wanted.norm())
         except Exception as caught:  # noqa: BLE001 another kernel may serve this layout
+            errors.raise_if_lost(caught)
             failed[f"{layout}|{product}|{method}"] = f"{type(caught).__name__}: {caught}"[:400]
             continue
         allowed = budgets["fp16"] if "fp16" in method else budget

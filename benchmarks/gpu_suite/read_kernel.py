@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def read_kernel(x_ptr, out_ptr, count, steps, BLOCK: tl.constexpr):
     """out[p] = sum of the int32 numbers of x [count] that program p reads, int32 with wrap-around.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpu_suite import journal
 from gpu_suite.context import BROKEN
 from gpu_suite.jobs import Job, child_argv, read_rows
 from gpu_suite.plan import Section
@@ -16,6 +17,12 @@ GRACE = 10
 
 HELD_AT_ONCE = 6
 """Whole models that compile at the same time: each keeps a core and some gigabytes of memory busy."""
+
+HELD_LEAST = 40
+"""Seconds that compiling and measuring a whole model takes at least: later none is started."""
+
+RESTARTS = 3
+"""How often a section that can go on where it broke is started again."""
 
 
 class Schedule:
@@ -36,6 +43,8 @@ class Schedule:
         self.sections, self.dry, self.environment, self.flush = sections, dry, environment, flush
         self.end = time.monotonic() + budget
         self.jobs = {s.name: [Job(s.name, part, folder, s.seconds + GRACE) for part in s.parts] for s in sections}
+        self.waiting = [(section, job) for section in sections if section.held for job in self.jobs[section.name]]
+        self.preparing: list[Job] = []
 
     def run(self) -> dict[str, Any]:
         """Runs everything and returns what :meth:`results` returns; no process outlives it."""
@@ -46,7 +55,7 @@ class Schedule:
             alone = [s for s in self.sections if s not in (*first, *together, *held)]
             for section in first:
                 self._run_alone(section)
-            self._run_together(together, held)
+            self._run_together(together)
             self.environment[BROKEN] = ",".join(
                 j.part for j in self.jobs.get("correctness", []) if j.status == "failed"
             )
@@ -67,7 +76,8 @@ class Schedule:
             tables: dict[str, list[Any]] = {}
             for job in self.jobs[section.name]:
                 for table, rows in read_rows(job.rows).items():
-                    tables.setdefault(table, []).extend(rows)
+                    if table != journal.TABLE:
+                        tables.setdefault(table, []).extend(rows)
             states = {record["status"] for record in records}
             status = "ok" if states == {"ok"} else next((s for s in ("failed", "timeout") if s in states), "incomplete")
             found[section.name] = {"title": section.title, "status": status, "processes": records, "tables": tables}
@@ -83,51 +93,54 @@ class Schedule:
 
     def _start(self, section: Section, job: Job, seconds: float) -> None:
         job.seconds = seconds + GRACE
-        job.start(child_argv(job, dry=self.dry, seconds=seconds, held=section.held), self.environment)
+        argv = child_argv(job, dry=self.dry, seconds=seconds, held=section.held)
+        job.start(argv, self.environment, nice=section.nice)
 
     def _run_alone(self, section: Section) -> None:
         for job in self.jobs[section.name]:
             self._start(section, job, self._seconds_for(section))
             self._wait_for([job])
+            while section.resumes and job.broke() and job.starts <= RESTARTS and self._seconds_for(section) > GRACE:
+                self._start(section, job, self._seconds_for(section))
+                self._wait_for([job])
 
-    def _run_together(self, together: list[Section], held: list[Section]) -> None:
-        """Checks and compilations; held processes are started as others of them get ready."""
+    def _run_together(self, together: list[Section]) -> None:
+        """Checks and compilations."""
         for section in together:
             for job in self.jobs[section.name]:
                 self._start(section, job, self._seconds_for(section))
-        running = [job for section in together for job in self.jobs[section.name]]
-        waiting = [(section, job) for section in held for job in self.jobs[section.name]]
-        started: list[Job] = []
-        # Without checks beside it, preparing whole models may take most of the time.
-        limit = time.monotonic() + max([s.seconds for s in together], default=0.6 * (self.end - time.monotonic()))
-        while True:
-            preparing = [job for job in started if job.poll() and not job.is_ready()]
-            if waiting and len(preparing) < HELD_AT_ONCE and time.monotonic() < limit:
-                section, job = waiting.pop(0)
-                self._start(section, job, self.end - time.monotonic())
-                started.append(job)
-                continue
-            busy = [job for job in running if job.poll()]
-            if not busy and (time.monotonic() > limit or not (waiting or preparing)):
-                break
-            self._pause()
+        self._wait_for([job for section in together for job in self.jobs[section.name]])
+
+    def _feed(self) -> None:
+        """Starts the next held processes; they compile beside everything else and run nothing on the GPU."""
+        self.preparing = [job for job in self.preparing if job.poll() and not job.is_ready()]
+        left = self.end - time.monotonic()
+        if left < HELD_LEAST:
+            self.waiting.clear()
+        while self.waiting and len(self.preparing) < HELD_AT_ONCE:
+            section, job = self.waiting.pop(0)
+            self._start(section, job, left)
+            self.preparing.append(job)
 
     def _measure_held(self, section: Section) -> None:
-        ready = []
-        for job in self.jobs[section.name]:
-            if job.poll() and not job.is_ready():
-                job.end("timeout")  # still compiling: it would disturb the others
-            elif job.is_ready() and not job.ended:
-                ready.append(job)
-        for index, job in enumerate(ready):
-            seconds = max(0.0, min(section.seconds, self.end - time.monotonic()) - 2 * (len(ready) - index - 1))
-            job.go(seconds)
-            self._wait_for([job])
+        """One after the other, those first that are ready."""
+        rest = list(self.jobs[section.name])
+        while rest and (left := self.end - time.monotonic()) > 0:
+            ready = [job for job in rest if job.is_ready() and job.poll()]
+            if ready:
+                others = 2 * (len(ready) - 1)
+                ready[0].go(max(0.0, min(section.seconds, left - others)))
+                self._wait_for(ready[:1])
+            elif not (self.waiting or self.preparing):
+                break
+            rest = [job for job in rest if not job.ended]
+            self._pause()
 
     def _wait_for(self, jobs: list[Job]) -> None:
         while any([job.poll() for job in jobs]):
             self._pause()
 
     def _pause(self) -> None:
+        self._feed()
         self.flush(self.results())
         time.sleep(0.05 if self.dry else 0.4)

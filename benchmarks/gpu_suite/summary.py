@@ -37,6 +37,7 @@ def wrong(record: dict[str, Any]) -> list[str]:
         for row in section["tables"].get("checks", []):
             if not row["ok"]:
                 found.append(", ".join(f"{key} {value}" for key, value in row.items() if key != "ok")[:400])
+        found += [f"ended its process: {row}" for row in section["tables"].get("broken", [])]
         found += [f"over its budget: {row}" for row in section["tables"].get("wrong", [])]
     return found
 
