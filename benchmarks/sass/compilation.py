@@ -68,7 +68,7 @@ def source_of(item: Specialisation, target: GPUTarget) -> ASTSource:
         if parameter.is_constexpr or (isinstance(value, int) and value == 1 and special):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int16": "i16"}.get(
+            signature[name] = "*" + {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "bool": "i1"}.get(
                 str(value.dtype)[6:], str(value.dtype)[6:].replace("uint", "u").replace("int", "i")
             )
             attributes[(index,)] = [["tt.divisibility", 16]]

@@ -19,15 +19,13 @@ from typing import Any
 import torch
 
 from innerq_compile import ops
+from innerq_compile.layout import LayerState
 
 __all__ = ["register", "register_decompositions", "unavailable"]
 
-OPS: tuple[str, ...] = ("append_kv", "dequantize_kv", "decode_attention")
-"""Ops that have kernels here: the module of that name holds the launcher of that name, with the op's arguments."""
-
-DECOMPOSED: tuple[str, ...] = ("append_kv", "dequantize_kv")
-"""Ops that Inductor gets as kernels. The others stay calls of the op: where torch 2.11 cannot tell from a kernel's
-source what it writes, it takes every argument for written and copies the cache at each step (LOG.md, 2026-11-21)."""
+OPS: dict[str, int] = {"append_kv": 2, "dequantize_kv": 0, "decode_attention": 1}
+"""Ops that have kernels here -> their arguments before the cache's buffers, tensors all. The module of an op's name
+holds the launcher of that name, with the op's arguments."""
 
 _libraries: list[torch.library.Library] = []  # a registration lasts as long as its library
 
@@ -43,7 +41,7 @@ def register_decompositions() -> None:
     from torch._subclasses.functional_tensor import FunctionalTensorMode
 
     library = torch.library.Library(ops.NAMESPACE, "IMPL")
-    for name in DECOMPOSED:
+    for name in OPS:
         torch.library.register_torch_dispatch(f"{ops.NAMESPACE}::{name}", FunctionalTensorMode, decompose, lib=library)
     _libraries.append(library)
 
@@ -68,9 +66,9 @@ def decompose(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dic
     """Replaces an op on a GPU by its kernels while AOTAutograd traces; elsewhere, and in torch.export, keeps it."""
     from torch.export._trace import custom_triton_ops_decomposition_disabled
 
-    if not is_on_gpu(args) or custom_triton_ops_decomposition_disabled() or unavailable():
-        return mode.__torch_dispatch__(op, types, args, kwargs or {})
     name = op.name().split("::")[1].split(".")[0]
+    if not is_on_gpu(args) or custom_triton_ops_decomposition_disabled() or unavailable() or not _serves(name, args):
+        return mode.__torch_dispatch__(op, types, args, kwargs or {})
     with mode:
         return _launcher(name)(*args, **(kwargs or {}), launch=record)
 
@@ -80,8 +78,20 @@ def is_on_gpu(args: tuple[Any, ...]) -> bool:
     return next(x.device.type for x in args if isinstance(x, torch.Tensor)) == "cuda"
 
 
+def _serves(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether the kernels serve this call. What they leave to the reference stays an op: it cannot be traced."""
+    from innerq_compile.kernels.triton.launch import serves
+
+    first = OPS[name]
+    return serves(LayerState(*args[first : first + len(LayerState._fields)]), *args[:first])
+
+
 def record(kernel: Any, grid: tuple[Any, ...], *args: Any, **options: Any) -> None:
-    """Puts the launch of a kernel into the graph that is being traced."""
+    """Puts the launch of a kernel into the graph that is being traced.
+
+    Inductor compiles it with products and sums fused, which an own launch may forbid. An append gives the same bits
+    either way: every product that it adds to is exact in float32 (a half, or a code of 8 bits times a float16 scale).
+    """
     torch.library.wrap_triton(kernel)[grid](*args, **options)
 
 

@@ -36,8 +36,8 @@ from innerq_compile.kernels.triton.launch import (
     quant_constants,
     rows_contiguous,
     run,
+    serves,
     split,
-    unsupported,
 )
 from innerq_compile.kernels.triton.tiles import window_slot
 from innerq_compile.layout import PADS, QUANTIZED, SLOTS
@@ -241,7 +241,7 @@ def append_kv(key: torch.Tensor, value: torch.Tensor, *args: Any, launch: Launch
         ValueError: Keys or values do not fit the cache.
     """
     state, capacity, config = split(args)
-    if unsupported(state) or not key.dtype == value.dtype == state.k_window.dtype:
+    if not serves(state, key, value):
         return ops.DEFAULTS["append_kv"](key, value, *args)
     check_new_tokens(key, value, state)
     num_new = key.shape[2]

@@ -15,7 +15,7 @@ import triton
 from innerq_compile import ops
 from innerq_compile.config import BLOCK, InnerQConfig
 from innerq_compile.kernels.triton.decode_attention_kernels import combine_kernel, decode_attention_kernel
-from innerq_compile.kernels.triton.launch import Launch, code_constants, rows_contiguous, unsupported
+from innerq_compile.kernels.triton.launch import Launch, code_constants, rows_contiguous, serves
 from innerq_compile.layout import LayerState
 
 CAUSAL, BOOLEAN, ADDITIVE = range(3)
@@ -45,7 +45,7 @@ def decode_attention(query: torch.Tensor, *args: Any, launch: Launch = run) -> t
     """
     state = LayerState(*args[:NUM_BUFFERS])
     mask, sm_scale, capacity, spec, *rest = args[NUM_BUFFERS:]
-    if unsupported(state) or query.dtype != state.k_window.dtype:
+    if not serves(state, query):
         return ops.DEFAULTS["decode_attention"](query, *args)
     _check_query(query.shape, state.k_window.shape)
     if query.numel() == 0:
@@ -63,19 +63,21 @@ def decode_attention(query: torch.Tensor, *args: Any, launch: Launch = run) -> t
     kind, shared, strides = CAUSAL, False, (0, 0, 0, 0)
     if mask is not None:
         kind = BOOLEAN if mask.dtype == torch.bool else ADDITIVE
-        mask = mask.view(torch.int8) if kind == BOOLEAN else mask.float()
-        mask = mask.expand(batch, q_heads, q_len, capacity)
-        strides = mask.stride()
+        mask = mask if kind == BOOLEAN else mask.float()
+        strides = mask.expand(batch, q_heads, q_len, capacity).stride()
+        if mask.is_contiguous() and mask.storage_offset() == 0:
+            # The same tensor; but what as_strided reads Inductor computes once, not once more for every layer. Of a
+            # mask with gaps it might make a dense copy, and then read that with the strides that are given here.
+            mask = mask.as_strided(mask.shape, mask.stride())
         shared = (q_len == 1 or strides[2] == 0) and (q_heads == heads or strides[1] == 0)
     sums = query.new_empty((batch * heads, all_splits, num_rows, head_dim), dtype=torch.float32)
     stats = query.new_empty((batch * heads, all_splits, num_rows, 2), dtype=torch.float32)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
 
     exact = bool(rest and rest[0])
-    words = {name: getattr(state, name).view(torch.int16) for name in ("k_codes", "v_codes")}
     launch(
         decode_attention_kernel, (all_splits, batch * heads, -(-num_rows // row_tile)),
-        query, *state._replace(**words), stats if mask is None else mask, sums, stats,
+        query, *state, stats if mask is None else mask, sums, stats,
         *query.stride()[:3], *strides, heads, num_blocks, capacity, splits, sm_scale,
         Q_PER_KV=q_heads // heads, Q_LEN=q_len, HEAD_DIM=head_dim, GROUP=config.group_size,
         SINK=config.sink, RING=config.ring,

@@ -47,9 +47,14 @@ def decode_attention_kernel(
     one takes 32 * NB slots of the windows. Written: ``sums`` float32 [B * H, splits, R, D], weighted sums of values,
     and ``stats`` float32 [B * H, splits, R, 2], largest score and sum of weights.
 
-    ``k_codes`` and ``v_codes`` come as int16 pointers. MASK_SHARED: one mask serves all rows of a head. WIDEN: windows
-    are multiplied in float32, not in their own dtype. EXACT: everything is.
+    MASK_SHARED: one mask serves all rows of a head. WIDEN: windows are multiplied in float32, not in their own dtype.
+    EXACT: everything is.
     """
+    # Read as what they hold here, not by a view outside: for Inductor such a view is a copy (bool) or a call (uint8).
+    k_codes_ptr = k_codes_ptr.to(tl.pointer_type(tl.int16))
+    v_codes_ptr = v_codes_ptr.to(tl.pointer_type(tl.int16))
+    if MASK == _BOOLEAN:
+        mask_ptr = mask_ptr.to(tl.pointer_type(tl.int8))
     split = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = head // num_heads

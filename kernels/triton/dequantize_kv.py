@@ -21,8 +21,8 @@ from innerq_compile.kernels.triton.launch import (
     channel_slice,
     code_constants,
     run,
+    serves,
     split,
-    unsupported,
 )
 from innerq_compile.kernels.triton.tiles import load_codes, window_slot
 from innerq_compile.layout import PADS, QUANTIZED, SLOTS
@@ -97,7 +97,7 @@ def dequantize_kv_kernel(
 def dequantize_kv(*args: Any, launch: Launch = run) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`innerq_compile.reference.dequantize_kv`."""
     state, capacity, config = split(args)
-    if unsupported(state):
+    if not serves(state):
         return ops.DEFAULTS["dequantize_kv"](*args)
     batch, heads, _, head_dim = state.k_window.shape
     width = channel_slice(head_dim)

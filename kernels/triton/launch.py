@@ -50,14 +50,10 @@ def channel_slice(head_dim: int) -> int:
     return min(head_dim & -head_dim, MAX_SLICE)
 
 
-def unsupported(state: LayerState) -> str | None:
-    """Why the kernels do not serve these buffers, or ``None`` when they do; the reference serves what they refuse."""
-    if state.k_window.dtype not in DTYPES:
-        return f"the Triton kernels know float32, bfloat16 and float16 models, not {state.k_window.dtype}"
-    scattered = [name for name, buffer in state._asdict().items() if not buffer.is_contiguous()]
-    if scattered:
-        return f"the Triton kernels want contiguous buffers; not contiguous: {', '.join(scattered)}"
-    return None
+def serves(state: LayerState, *inputs: torch.Tensor) -> bool:
+    """Whether the kernels serve these buffers and keys, values or queries; the reference serves what they refuse."""
+    dtype = state.k_window.dtype
+    return dtype in DTYPES and all(x.dtype == dtype for x in inputs) and all(x.is_contiguous() for x in state)
 
 
 def split(args: tuple[Any, ...]) -> tuple[LayerState, int, InnerQConfig]:

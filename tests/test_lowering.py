@@ -1,0 +1,90 @@
+"""What Inductor makes of a whole compiled model for a GPU, by the code that it writes; no GPU, nothing runs.
+
+One process compiles a Llama of two layers three times for an H100 that torch is made to believe in.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from innerq_compile.layout import LayerState
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs the code itself")
+
+WORKER = Path(__file__).with_name("lowering_worker.py")
+LAYERS, CAPACITY = 2, 4096
+COUNTS = LayerState._fields.index("counts")
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    done = subprocess.run([sys.executable, WORKER], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def calls(graph, name):
+    return [arguments for called, arguments in graph["calls"] if called == name]
+
+
+def is_input(argument):
+    return argument.startswith("arg")
+
+
+@pytest.mark.parametrize("name", ["decode", "generate", "prefill"])
+def test_nothing_keeps_a_graph_out_of_cuda_graphs(lowered, name):
+    """One partition, all on the GPU; what it changes has a fixed address; torch warns of nothing."""
+    graph = lowered[name]
+    assert graph["partitions"] == 1
+    assert graph["skips"] == 0
+    [indices] = graph["graphs"]
+    assert set(indices["mutated_input_idxs"]) <= set(indices["static_input_idxs"])
+    assert graph["warnings"] == []
+
+
+@pytest.mark.parametrize("name", ["decode", "generate"])
+def test_a_step_is_kernels_that_work_on_the_cache_in_place(lowered, name):
+    graph = lowered[name]
+    for kernel, first in (("append_step_kernel", 0), ("decode_attention_kernel", 1)):
+        launches = calls(graph, kernel)
+        assert len(launches) == LAYERS
+        for index, arguments in enumerate(launches):
+            state = arguments[first : first + len(LayerState._fields)]
+            assert all(map(is_input, state[:COUNTS]))
+            # A model called directly makes its mask from the first layer's old counts, maybe after their change.
+            assert is_input(state[COUNTS]) or (name == "decode" and index == 0)
+    assert len(calls(graph, "combine_kernel")) == LAYERS
+    others = {called for called, _ in graph["calls"] if not called.startswith("triton_")}
+    own = {"append_step_kernel", "decode_attention_kernel", "combine_kernel"}
+    assert others <= own | {"mm", "bmm", "copy_if_misaligned"}
+
+
+def test_a_step_makes_nothing_as_long_as_the_cache(lowered):
+    """But the mask, once for all layers, where the model has to make it; a number per token, never keys or values."""
+    assert lowered["decode"]["as long as the cache"] == [[[1, 1, 1, CAPACITY], "bool"]]
+    assert lowered["generate"]["as long as the cache"] == []
+
+
+@pytest.mark.parametrize("name", ["decode", "generate"])
+def test_rope_and_norms_are_fused_around_the_kernels(lowered, name):
+    """From an append to the next layer's: queries, attention, two norms, the MLP, the next keys. No copy between."""
+    called = [call for call, _ in lowered[name]["calls"]]
+    last = len(called) - called[::-1].index("append_step_kernel")
+    rest = [call for call in called[last:] if call.startswith("triton_")]
+    written_back = int(name == "decode" and called[-1].startswith("triton_poi"))  # the first layer's counts
+    assert len(rest) - written_back == 4  # RoPE of the query, norm, activation, last norm
+
+
+def test_a_compiled_prompt_appends_with_four_kernels_and_attends_to_what_is_exact(lowered):
+    for kernel in ("key_range_kernel", "key_norm_kernel", "quantize_kernel", "window_kernel"):
+        assert len(calls(lowered["prefill"], kernel)) == LAYERS
+    assert not calls(lowered["prefill"], "decode_attention_kernel")
+    assert lowered["prefill"]["as long as the cache"] == []
