@@ -119,7 +119,7 @@ def whole_program(
 ) -> Specialisation:
     """A kernel that turns bf16 numbers into codes or codes into numbers, compiled as ``launch.run`` has it compiled."""
     arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
-    chosen = {"num_warps": 4, "enable_fp_fusion": False}
+    chosen = {"num_warps": arguments.pop("num_warps", 4), "enable_fp_fusion": False}
     return Specialisation(name, kernel, arguments, chosen, **moved)
 
 

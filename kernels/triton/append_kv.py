@@ -70,9 +70,9 @@ def quantize_unit(
     HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr,
     NORMALIZE: tl.constexpr,
     K_BITS: tl.constexpr, K_MODE: tl.constexpr, K_CENTER: tl.constexpr,
-    K_SPAN: tl.constexpr, K_MAX_CODE: tl.constexpr, K_ASYM_MAX_CODE: tl.constexpr,
+    K_SPAN: tl.constexpr, K_ASYM_MAX_CODE: tl.constexpr,
     V_BITS: tl.constexpr, V_MODE: tl.constexpr, V_CENTER: tl.constexpr,
-    V_SPAN: tl.constexpr, V_MAX_CODE: tl.constexpr, V_ASYM_MAX_CODE: tl.constexpr,
+    V_SPAN: tl.constexpr, V_ASYM_MAX_CODE: tl.constexpr,
 ):  # fmt: skip
     """Quantizes keys and values of max(32, GROUP) tokens of a head into the blocks from ``block`` on."""
     for i in range(max(GROUP, 32) // 32):
@@ -80,12 +80,12 @@ def quantize_unit(
             key_ptr, stride_km, k_window_ptr, k_codes_ptr, k_scales_ptr, k_zeros_ptr, center, norm,
             first_token + 32 * i, block + i, first_channel, held_before, column,
             HEAD_DIM, SLICE, GROUP, SINK, RING, NORMALIZE,
-            K_BITS, K_MODE, K_CENTER, K_SPAN, K_MAX_CODE, K_ASYM_MAX_CODE,
+            K_BITS, K_MODE, K_CENTER, K_SPAN, K_ASYM_MAX_CODE,
         )  # fmt: skip
     quantize_values(
         value_ptr, stride_vm, v_window_ptr, v_codes_ptr, v_scales_ptr, v_zeros_ptr,
         first_token, block, first_channel, held_before, column, HEAD_DIM, SLICE, GROUP, SINK, RING,
-        V_BITS, V_MODE, V_CENTER, V_SPAN, V_MAX_CODE, V_ASYM_MAX_CODE,
+        V_BITS, V_MODE, V_CENTER, V_SPAN, V_ASYM_MAX_CODE,
     )  # fmt: skip
 
 
@@ -99,9 +99,9 @@ def append_step_kernel(
     SINK: tl.constexpr, RECENT: tl.constexpr, FLUSH: tl.constexpr,
     NORM: tl.constexpr, CENTERED: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
     K_BITS: tl.constexpr, K_MODE: tl.constexpr, K_CENTER: tl.constexpr,
-    K_SPAN: tl.constexpr, K_MAX_CODE: tl.constexpr, K_ASYM_MAX_CODE: tl.constexpr,
+    K_SPAN: tl.constexpr, K_ASYM_MAX_CODE: tl.constexpr,
     V_BITS: tl.constexpr, V_MODE: tl.constexpr, V_CENTER: tl.constexpr,
-    V_SPAN: tl.constexpr, V_MAX_CODE: tl.constexpr, V_ASYM_MAX_CODE: tl.constexpr,
+    V_SPAN: tl.constexpr, V_ASYM_MAX_CODE: tl.constexpr,
 ):  # fmt: skip
     """Appends at most FLUSH tokens to one slice of channels of one head, flushing at most once. Grid: slices, B * H."""
     RING: tl.constexpr = RECENT + FLUSH
@@ -144,8 +144,8 @@ def append_step_kernel(
                 k_codes_ptr, k_scales_ptr, k_zeros_ptr, k_window_ptr,
                 v_codes_ptr, v_scales_ptr, v_zeros_ptr, v_window_ptr,
                 HEAD_DIM, SLICE, GROUP, SINK, RING, NORMALIZE,
-                K_BITS, K_MODE, K_CENTER, K_SPAN, K_MAX_CODE, K_ASYM_MAX_CODE,
-                V_BITS, V_MODE, V_CENTER, V_SPAN, V_MAX_CODE, V_ASYM_MAX_CODE,
+                K_BITS, K_MODE, K_CENTER, K_SPAN, K_ASYM_MAX_CODE,
+                V_BITS, V_MODE, V_CENTER, V_SPAN, V_ASYM_MAX_CODE,
             )  # fmt: skip
         tl.debug_barrier()  # what leaves has been read before it is overwritten
 
@@ -172,9 +172,9 @@ def quantize_kernel(
     SINK: tl.constexpr, RECENT: tl.constexpr, FLUSH: tl.constexpr,
     NORMALIZE: tl.constexpr,
     K_BITS: tl.constexpr, K_MODE: tl.constexpr, K_CENTER: tl.constexpr,
-    K_SPAN: tl.constexpr, K_MAX_CODE: tl.constexpr, K_ASYM_MAX_CODE: tl.constexpr,
+    K_SPAN: tl.constexpr, K_ASYM_MAX_CODE: tl.constexpr,
     V_BITS: tl.constexpr, V_MODE: tl.constexpr, V_CENTER: tl.constexpr,
-    V_SPAN: tl.constexpr, V_MAX_CODE: tl.constexpr, V_ASYM_MAX_CODE: tl.constexpr,
+    V_SPAN: tl.constexpr, V_ASYM_MAX_CODE: tl.constexpr,
 ):  # fmt: skip
     """Quantizes max(32, GROUP) leaving tokens of one head and slice. Grid: as many as could leave, slices, B * H."""
     UNIT: tl.constexpr = max(GROUP, 32)
@@ -197,8 +197,8 @@ def quantize_kernel(
             k_codes_ptr, k_scales_ptr, k_zeros_ptr, k_window_ptr + head * (SINK + RING) * HEAD_DIM,
             v_codes_ptr, v_scales_ptr, v_zeros_ptr, v_window_ptr + head * (SINK + RING) * HEAD_DIM,
             HEAD_DIM, SLICE, GROUP, SINK, RING, NORMALIZE,
-            K_BITS, K_MODE, K_CENTER, K_SPAN, K_MAX_CODE, K_ASYM_MAX_CODE,
-            V_BITS, V_MODE, V_CENTER, V_SPAN, V_MAX_CODE, V_ASYM_MAX_CODE,
+            K_BITS, K_MODE, K_CENTER, K_SPAN, K_ASYM_MAX_CODE,
+            V_BITS, V_MODE, V_CENTER, V_SPAN, V_ASYM_MAX_CODE,
         )  # fmt: skip
 
 
@@ -257,6 +257,8 @@ def append_kv(key: torch.Tensor, value: torch.Tensor, *args: Any, launch: Launch
     flush = config.flush_tokens
     windows = dict(HEAD_DIM=head_dim, SLICE=width, SINK=config.sink, RECENT=config.recent, FLUSH=flush)
     quantizer = {**quant_constants("K", config.key_spec), **quant_constants("V", config.value_spec)}
+    # Then a thread holds 64 numbers, and everything that shares a byte with them.
+    warps = max(1, width // 64) * (max(BLOCK, config.group_size) // BLOCK)
     has_norm, centered = config.key_norm == "runtime", config.key_center == "runtime"
     normalizer = {
         "NORM": config.key_norm_exponent if has_norm else 0.0,
@@ -270,6 +272,7 @@ def append_kv(key: torch.Tensor, value: torch.Tensor, *args: Any, launch: Launch
         launch(
             append_step_kernel, (slices, rows), *state, key, value, *strides, *sizes, num_blocks,
             **windows, GROUP=config.group_size, **normalizer, ROWS=1 if num_new == 1 else 16, **quantizer,
+            num_warps=warps,
         )  # fmt: skip
         return None
 
@@ -289,7 +292,7 @@ def append_kv(key: torch.Tensor, value: torch.Tensor, *args: Any, launch: Launch
     launch(
         quantize_kernel, (max_leaving // max(BLOCK, config.group_size), slices, rows),
         *state, key, value, *strides, *sizes, num_blocks,
-        **windows, GROUP=config.group_size, NORMALIZE=has_norm or centered, **quantizer,
+        **windows, GROUP=config.group_size, NORMALIZE=has_norm or centered, **quantizer, num_warps=warps,
     )  # fmt: skip
     launch(
         window_kernel, ((config.sink + config.ring + 31) // 32, slices, rows),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from innerq_compile.kernels.triton.division import normalize
 from innerq_compile.kernels.triton.groups import quantize_groups
-from innerq_compile.kernels.triton.tiles import store_codes, window_slot
+from innerq_compile.kernels.triton.tiles import store_codes
 from innerq_compile.layout import PADS, QUANTIZED, SLOTS
 
 _SLOTS, _QUANTIZED, _PADS = tl.constexpr(SLOTS), tl.constexpr(QUANTIZED), tl.constexpr(PADS)
@@ -32,16 +33,29 @@ def plan_row(
 
 @triton.jit
 def load_tokens(
-    new_ptr, stride_m, window_ptr, token, channels, held_before, column,
-    HEAD_DIM: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr,
+    new_ptr, stride_m, window_ptr, first_token, t, u, channels, held_before, column,
+    HEAD_DIM: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Tokens [T] of a head, some stored and some new, as float32 [T, channels]."""
-    is_new = (token >= held_before)[:, None]
-    row = (token + column).to(tl.int64)[:, None]
-    new = tl.load(new_ptr + row * stride_m + channels[None, :], mask=is_new, other=0.0)
-    slot = window_slot(token, SINK, RING)[:, None]
-    stored = tl.load(window_ptr + slot * HEAD_DIM + channels[None, :], mask=token[:, None] < held_before, other=0.0)
-    return tl.where(is_new, new, stored).to(tl.float32)
+    """Tokens ``first_token + t + u`` of a head, some stored and some new, as float32.
+
+    Args:
+        first_token: The first of UNIT tokens, fewer than the ring holds; none of them is a sink token.
+        t, u: Parts of a place below UNIT. Addresses of a thread that differ in ``u`` only are a constant apart.
+        channels: Broadcasts with both to the shape of the result.
+    """
+    num_stored = held_before - first_token
+    is_stored = u < num_stored - t
+    stride = stride_m.to(tl.int64)
+    new = new_ptr + (first_token + column) * stride + t * stride + u * stride
+    x = tl.load(new + channels, mask=u >= num_stored - t, other=0.0)
+    begin = (first_token - SINK) % RING
+    window_ptr += SINK * HEAD_DIM
+    if RING % UNIT == 0:  # tokens leave in blocks of UNIT: the ring's end never cuts one
+        stored = window_ptr + (begin + t) * HEAD_DIM + u * HEAD_DIM
+    else:
+        slot = begin + t + u
+        stored = window_ptr + tl.where(slot < RING, slot, slot - RING) * HEAD_DIM
+    return tl.load(stored + channels, mask=is_stored, other=x).to(tl.float32)
 
 
 @triton.jit
@@ -50,21 +64,29 @@ def quantize_keys(
     first_token, block, first_channel, held_before, column,
     HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr,
     NORMALIZE: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr, CENTER: tl.constexpr,
-    SPAN: tl.constexpr, MAX_CODE: tl.constexpr, ASYM_MAX_CODE: tl.constexpr,
+    SPAN: tl.constexpr, ASYM_MAX_CODE: tl.constexpr,
 ):  # fmt: skip
     """Quantizes 32 tokens of a head into block ``block`` (counted over all heads), for a slice of channels."""
-    rows = tl.arange(0, 32)
-    channels = first_channel + tl.arange(0, SLICE)
+    T: tl.constexpr = SLICE // 32
+    field = tl.arange(0, 8)[:, None]  # half, a, b
+    place = tl.arange(0, 128 * T)[None, :]  # t, row, c, i
     x = load_tokens(
-        new_ptr, stride_m, window_ptr, first_token + rows, channels, held_before, column, HEAD_DIM, SINK, RING
-    )
+        new_ptr, stride_m, window_ptr, first_token, place // 8 % 16, field // 4 * 16,
+        first_channel + place // 128 * 32 + place % 8 + field % 4 * 8, held_before, column,
+        HEAD_DIM, SINK, RING, 32,
+    )  # fmt: skip
+    x = tl.reshape(x, [2, 4, T, 16, 8])
     if NORMALIZE:
-        x = tl.div_rn(x - center[None, :], norm[None, :])
+        x = normalize(x, _per_channel(center, T), _per_channel(norm, T))
+    x = tl.permute(x, [0, 3, 2, 1, 4])
     codes, scales, zeros = quantize_groups(
-        tl.reshape(x, [32, SLICE // GROUP, GROUP]), MODE, CENTER, SPAN, MAX_CODE, ASYM_MAX_CODE
+        tl.reshape(x, [32, SLICE // GROUP, GROUP]), MODE, CENTER, SPAN, ASYM_MAX_CODE
     )
     corner = block * HEAD_DIM + first_channel
-    store_codes(codes_ptr + corner // 32 * (128 * BITS), 0, 128 * BITS, codes, BITS, 1, SLICE // 32)
+    store_codes(
+        codes_ptr + corner // 32 * (128 * BITS), 0, 128 * BITS, tl.reshape(codes, [32, 8 * T]), BITS, 1, T, True
+    )
+    rows = tl.arange(0, 32)
     group = corner // GROUP + tl.arange(0, SLICE // GROUP)
     offsets = group[None, :] * 32 + rows[:, None]
     tl.store(scales_ptr + offsets, scales)
@@ -73,25 +95,40 @@ def quantize_keys(
 
 
 @triton.jit
+def _per_channel(x, T: tl.constexpr):
+    """[32 * T] channels as [1, 4, T, 1, 8]."""
+    return tl.permute(tl.reshape(x, [1, T, 4, 8, 1]), [0, 2, 1, 4, 3])
+
+
+@triton.jit
 def quantize_values(
     new_ptr, stride_m, window_ptr, codes_ptr, scales_ptr, zeros_ptr,
     first_token, block, first_channel, held_before, column,
     HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr,
     BITS: tl.constexpr, MODE: tl.constexpr, CENTER: tl.constexpr,
-    SPAN: tl.constexpr, MAX_CODE: tl.constexpr, ASYM_MAX_CODE: tl.constexpr,
+    SPAN: tl.constexpr, ASYM_MAX_CODE: tl.constexpr,
 ):  # fmt: skip
     """Quantizes max(32, GROUP) tokens of a head into the blocks from ``block`` on, for a slice of channels."""
     UNIT: tl.constexpr = max(GROUP, 32)
-    channels = first_channel + tl.arange(0, SLICE)
+    P: tl.constexpr = SLICE // 32
+    T: tl.constexpr = UNIT // 32
+    field = tl.arange(0, 32)[:, None]  # half, a, b, i
+    place = tl.arange(0, 32 * P * T)[None, :]  # t, p, c, row
     x = load_tokens(
-        new_ptr, stride_m, window_ptr, first_token + tl.arange(0, UNIT), channels, held_before, column,
-        HEAD_DIM, SINK, RING,
+        new_ptr, stride_m, window_ptr, first_token,
+        place // (32 * P) * 32 + place // 16 % 2 * 4, field // 4 % 4 * 8 + field % 4,
+        first_channel + place // 32 % P * 32 + place // 2 % 8 * 2 + place % 2 + field // 16 * 16, held_before, column,
+        HEAD_DIM, SINK, RING, UNIT,
     )  # fmt: skip
+    x = tl.permute(tl.reshape(x, [2, 4, 4, T, P, 2, 16]), [4, 0, 6, 3, 1, 5, 2])
     codes, scales, zeros = quantize_groups(
-        tl.reshape(tl.trans(x), [SLICE, UNIT // GROUP, GROUP]), MODE, CENTER, SPAN, MAX_CODE, ASYM_MAX_CODE
+        tl.reshape(x, [SLICE, UNIT // GROUP, GROUP]), MODE, CENTER, SPAN, ASYM_MAX_CODE
     )
     tiles_ptr = codes_ptr + (block * HEAD_DIM + first_channel) // 32 * (128 * BITS)
-    store_codes(tiles_ptr, 128 * BITS, HEAD_DIM // 32 * (128 * BITS), codes, BITS, SLICE // 32, UNIT // 32)
+    store_codes(
+        tiles_ptr, 128 * BITS, HEAD_DIM // 32 * (128 * BITS), tl.reshape(codes, [SLICE, 8 * T]), BITS, P, T, False
+    )
+    channels = first_channel + tl.arange(0, SLICE)
     group = block * 32 // GROUP + tl.arange(0, UNIT // GROUP)
     offsets = group[None, :] * HEAD_DIM + channels[:, None]
     tl.store(scales_ptr + offsets, scales)

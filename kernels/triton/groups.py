@@ -1,7 +1,7 @@
 """Device functions between numbers and codes of whole groups, every rounding as :mod:`innerq_compile.quant` defines it.
 
-Bit for bit without any compiler option: divisions and roots round to nearest, a product that a sum follows is exact
-(11 bits of a scale times 9 of a code), so fusing the two changes nothing, and sums halve their axis.
+Bit for bit without any compiler option: quotients and roots round to nearest (:mod:`.division`), a product that a sum
+follows is exact (11 bits of a scale times 9 of a code), so fusing the two changes nothing, and sums halve their axis.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from innerq_compile.kernels.triton.division import divide_by_integer, divide_by_scales
+
 _FP32_MAX = tl.constexpr(3.4028234663852886e38)
 _FP16_MAX = tl.constexpr(65504.0)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves an integer, rounded half to even, in the low bits
+_ROUND_IN_FOURS = tl.constexpr(0x4B400000 + 0x40000000 - 2**32)  # what it adds to a word of four codes
 
 
 @triton.jit
@@ -22,23 +25,28 @@ def is_finite(x):
 
 @triton.jit
 def quantize_groups(
-    x, MODE: tl.constexpr, CENTER: tl.constexpr, SPAN: tl.constexpr,
-    MAX_CODE: tl.constexpr, ASYM_MAX_CODE: tl.constexpr,
+    x, MODE: tl.constexpr, CENTER: tl.constexpr, SPAN: tl.constexpr, ASYM_MAX_CODE: tl.constexpr
 ):  # fmt: skip
-    """Groups float32 [X, G, g] to codes int32 [X, G, g], scales and zeros float16 [X, G] (no meaning without zeros)."""
+    """Groups float32 [X, G, g] to codes in fours, int32 [X, G, g / 4], scales and zeros float16 [X, G].
+
+    Four codes in a row are the bytes of a word, the first one lowest. Zeros have no meaning where the mode has none.
+    """
     x = tl.where(is_finite(x), x, 0.0)
     if MODE == 0:
-        codes, scales = _quantize_symmetric(x, CENTER, SPAN, MAX_CODE)
+        levels, scales = _quantize_symmetric(x, CENTER, SPAN)
         zeros = scales
+        codes = _in_fours(levels)
     elif MODE == 1:
-        codes, scales, zeros = _quantize_asymmetric(x, ASYM_MAX_CODE)
+        levels, scales, zeros = _quantize_asymmetric(x, ASYM_MAX_CODE)
+        codes = _in_fours(levels)
     else:
-        codes, scales = _quantize_symmetric(x, CENTER, SPAN, MAX_CODE)
-        asym_codes, asym_scales, zeros = _quantize_asymmetric(x, ASYM_MAX_CODE)
-        error = x - _per_group(scales) * (codes.to(tl.float32) - CENTER)
-        asym_error = x - (_per_group(asym_scales) * asym_codes.to(tl.float32) + _per_group(zeros))
-        symmetric = _tree_sum(tl.abs(error)) < _tree_sum(tl.abs(asym_error))
-        codes = tl.where(tl.expand_dims(symmetric, 2), codes, asym_codes)
+        levels, scales = _quantize_symmetric(x, CENTER, SPAN)
+        codes = _in_fours(levels)
+        error = _tree_sum(tl.abs(x - _per_group(scales) * (levels - _ROUND - CENTER)))
+        levels, asym_scales, zeros = _quantize_asymmetric(x, ASYM_MAX_CODE)
+        asym_error = x - (_per_group(asym_scales) * (levels - _ROUND) + _per_group(zeros))
+        symmetric = error < _tree_sum(tl.abs(asym_error))
+        codes = tl.where(tl.expand_dims(symmetric, 2), codes, _in_fours(levels))
         negated = (asym_scales.to(tl.int16, bitcast=True) | -32768).to(tl.float16, bitcast=True)
         scales = tl.where(symmetric, scales, negated)
         zeros = tl.where(symmetric, 0.0, zeros)
@@ -70,17 +78,20 @@ def load_zeros(zeros_ptrs, scales, MODE: tl.constexpr):
 
 
 @triton.jit
-def _quantize_symmetric(x, CENTER: tl.constexpr, SPAN: tl.constexpr, MAX_CODE: tl.constexpr):
-    scales = _to_fp16(tl.div_rn(tl.max(tl.abs(x), 2), SPAN))
-    return _round_to_codes(_safe_divide(x, scales) + CENTER, MAX_CODE), scales
+def _quantize_symmetric(x, CENTER: tl.constexpr, SPAN: tl.constexpr):
+    scales = _to_fp16(divide_by_integer(tl.max(tl.abs(x), 2), SPAN))
+    # The largest code is twice the center, and rounding a sum keeps order: clamping first does the same, in one
+    # instruction where both ends have the same magnitude.
+    return tl.clamp(divide_by_scales(x, _per_group(scales)), -CENTER, CENTER) + CENTER + _ROUND, scales
 
 
 @triton.jit
 def _quantize_asymmetric(x, MAX_CODE: tl.constexpr):
     low, high = tl.min(x, 2), tl.max(x, 2)
     zeros = _to_fp16(low)
-    scales = _to_fp16(tl.div_rn(high - low, MAX_CODE * 1.0))
-    return _round_to_codes(_safe_divide(x - _per_group(zeros), scales), MAX_CODE), scales, zeros
+    scales = _to_fp16(divide_by_integer(tl.minimum(high - low, _FP32_MAX), MAX_CODE * 1.0))
+    u = divide_by_scales(x - _per_group(zeros), _per_group(scales))
+    return tl.minimum(tl.maximum(u, 0.0), MAX_CODE * 1.0) + _ROUND, scales, zeros
 
 
 @triton.jit
@@ -95,16 +106,12 @@ def _to_fp16(x):
 
 
 @triton.jit
-def _safe_divide(x, scales):
-    """x / s, and 0 for every member of a group whose stored scale is zero."""
-    s = _per_group(scales)
-    return tl.where(s > 0, tl.div_rn(x, tl.where(s > 0, s, 1.0)), 0.0)
-
-
-@triton.jit
-def _round_to_codes(u, MAX_CODE: tl.constexpr):
-    u = tl.minimum(tl.maximum(u, 0.0), MAX_CODE * 1.0)
-    return (u + _ROUND).to(tl.int32, bitcast=True) & 0xFF
+def _in_fours(levels):
+    """Codes that :data:`_ROUND` was added to, float32 [X, G, g], as words of four, int32 [X, G, g / 4]."""
+    X: tl.constexpr = levels.shape[0]
+    G: tl.constexpr = levels.shape[1]
+    bits = tl.reshape(levels.to(tl.int32, bitcast=True), [X, G, levels.shape[2] // 4, 4])
+    return tl.sum(bits << (8 * tl.arange(0, 4)[None, None, None, :]), 3) - _ROUND_IN_FOURS
 
 
 @triton.jit

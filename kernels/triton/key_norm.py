@@ -28,8 +28,22 @@ def find_range(
     low = tl.full(channels.shape, float("inf"), tl.float32)
     high = tl.full(channels.shape, float("-inf"), tl.float32)
     for first in range(begin, end, 32):
-        token = tl.minimum(first + tl.arange(0, 32), end - 1)  # what is seen twice changes no range
-        x = load_tokens(key_ptr, stride_m, window_ptr, token, channels, held_before, column, HEAD_DIM, SINK, RING)
+        t = tl.minimum(tl.arange(0, 32), end - 1 - first)  # what is seen twice changes no range
+        x = load_tokens(
+            key_ptr,
+            stride_m,
+            window_ptr,
+            first,
+            t[:, None],
+            0,
+            channels[None, :],
+            held_before,
+            column,
+            HEAD_DIM,
+            SINK,
+            RING,
+            32,
+        )
         counted = is_finite(x)
         low = tl.minimum(low, tl.min(tl.where(counted, x, float("inf")), 0))
         high = tl.maximum(high, tl.max(tl.where(counted, x, float("-inf")), 0))

@@ -36,11 +36,10 @@ def code_constants(prefix: str, spec: TensorQuantSpec) -> dict[str, Any]:
 
 
 def quant_constants(prefix: str, spec: TensorQuantSpec) -> dict[str, Any]:
-    """What making codes takes on top: ``<prefix>_SPAN``, ``_MAX_CODE``, ``_ASYM_MAX_CODE``."""
+    """What making codes takes on top: ``<prefix>_SPAN``, ``_ASYM_MAX_CODE``; the symmetric one is twice the center."""
     return {
         **code_constants(prefix, spec),
         f"{prefix}_SPAN": float(spec.symmetric_span),
-        f"{prefix}_MAX_CODE": spec.symmetric_max_code,
         f"{prefix}_ASYM_MAX_CODE": spec.asymmetric_max_code,
     }
 

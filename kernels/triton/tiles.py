@@ -34,14 +34,16 @@ def load_codes(tiles_ptr, stride_p, stride_t, BITS: tl.constexpr, P: tl.constexp
 
 
 @triton.jit
-def store_codes(tiles_ptr, stride_p, stride_t, codes, BITS: tl.constexpr, P: tl.constexpr, T: tl.constexpr):
-    """Packs codes int32 [32 * P, 32 * T] into P x T tiles; the inverse of :func:`load_codes`."""
-    codes = tl.reshape(codes, [P, 2, 16, T, 2, 2, 2, 4])
+def store_codes(
+    tiles_ptr, stride_p, stride_t, codes, BITS: tl.constexpr, P: tl.constexpr, T: tl.constexpr, SPLIT_C: tl.constexpr
+):  # fmt: skip
+    """Packs codes in fours, int32 [32 * P, 8 * T], into P x T tiles; the inverse of :func:`load_codes`."""
+    codes = tl.reshape(codes, [P, 2, 16, T, 2, 2, 2])
     if BITS == 3:
-        _store_plane(tiles_ptr, stride_p, stride_t, codes & 3, 2, P, T)
-        _store_plane(tiles_ptr + 256, stride_p, stride_t, codes >> 2, 1, P, T)
+        _store_plane(tiles_ptr, stride_p, stride_t, codes & 0x03030303, 2, P, T, SPLIT_C)
+        _store_plane(tiles_ptr + 256, stride_p, stride_t, (codes >> 2) & 0x01010101, 1, P, T, SPLIT_C)
     else:
-        _store_plane(tiles_ptr, stride_p, stride_t, codes, BITS, P, T)
+        _store_plane(tiles_ptr, stride_p, stride_t, codes, BITS, P, T, SPLIT_C)
 
 
 @triton.jit
@@ -53,16 +55,51 @@ def _load_plane(tiles_ptr, stride_p, stride_t, WIDTH: tl.constexpr, P: tl.conste
 
 
 @triton.jit
-def _store_plane(tiles_ptr, stride_p, stride_t, fields, WIDTH: tl.constexpr, P: tl.constexpr, T: tl.constexpr):
-    """Packs fields int32 [P, 2, 16, T, 2, 2, 2, 4], each below ``2**WIDTH``."""
-    packed = fields << _field_shifts(WIDTH)
+def _store_plane(
+    tiles_ptr, stride_p, stride_t, words, WIDTH: tl.constexpr, P: tl.constexpr, T: tl.constexpr, SPLIT_C: tl.constexpr
+):  # fmt: skip
+    HALVES: tl.constexpr = 2 if WIDTH == 8 else 1
+    A: tl.constexpr = 2 if WIDTH >= 4 else 1
+    B: tl.constexpr = 2 if WIDTH >= 2 else 1
+    words = words << tl.reshape(_field_shifts(WIDTH), [1, 3 - HALVES, 1, 1, 3 - A, 3 - B, 1])
     if WIDTH < 8:
-        packed = tl.sum(packed, 1, keep_dims=True)
+        words = tl.sum(words, 1, keep_dims=True)
     if WIDTH < 4:
-        packed = tl.sum(packed, 4, keep_dims=True)
+        words = tl.sum(words, 4, keep_dims=True)
     if WIDTH < 2:
-        packed = tl.sum(packed, 5, keep_dims=True)
-    tl.store(tiles_ptr + _byte_offsets(stride_p, stride_t, WIDTH, P, T), packed.to(tl.uint8))
+        words = tl.sum(words, 5, keep_dims=True)
+    words_ptr = tiles_ptr.to(tl.pointer_type(tl.int32))
+    COLUMNS: tl.constexpr = A * B * HALVES
+    words = tl.permute(words, [3, 0, 6, 2, 4, 5, 1])  # t, p, c, row; a, b, half
+    if SPLIT_C:
+        place = tl.arange(0, 16 * P * T)
+        tile = place // 16 % P * (stride_p // 4) + place // (16 * P) * (stride_t // 4)
+        words = tl.reshape(tl.permute(words, [0, 1, 3, 4, 5, 2, 6]), [16 * P * T, 2 * COLUMNS])
+        _store_columns(words_ptr + (tile + place % 16), words, 16)
+    else:
+        place = tl.arange(0, 32 * P * T)
+        tile = place // 32 % P * (stride_p // 4) + place // (32 * P) * (stride_t // 4)
+        words = tl.reshape(words, [32 * P * T, COLUMNS])
+        ptrs = words_ptr + (tile + place // 16 % 2 * (16 * HALVES) + place % 16)
+        if HALVES == 2:
+            first, second = tl.split(tl.reshape(words, [32 * P * T, COLUMNS // 2, 2]))
+            _store_columns(ptrs, first, 64)
+            _store_columns(ptrs + 16, second, 64)
+        else:
+            _store_columns(ptrs, words, 32)
+
+
+@triton.jit
+def _store_columns(ptrs, words, STRIDE: tl.constexpr):
+    """Stores words [n, columns], a column at a time so that no word changes threads, STRIDE words from each other."""
+    N: tl.constexpr = words.shape[0]
+    COLUMNS: tl.constexpr = words.shape[1]
+    if COLUMNS == 1:
+        tl.store(ptrs, tl.reshape(words, [N]))
+    else:
+        even, odd = tl.split(tl.reshape(words, [N, COLUMNS // 2, 2]))
+        _store_columns(ptrs, even, 2 * STRIDE)
+        _store_columns(ptrs + STRIDE, odd, 2 * STRIDE)
 
 
 @triton.jit
