@@ -257,8 +257,6 @@ def append_kv(key: torch.Tensor, value: torch.Tensor, *args: Any, launch: Launch
     flush = config.flush_tokens
     windows = dict(HEAD_DIM=head_dim, SLICE=width, SINK=config.sink, RECENT=config.recent, FLUSH=flush)
     quantizer = {**quant_constants("K", config.key_spec), **quant_constants("V", config.value_spec)}
-    # Then a thread holds 64 numbers, and everything that shares a byte with them.
-    warps = max(1, width // 64) * (max(BLOCK, config.group_size) // BLOCK)
     has_norm, centered = config.key_norm == "runtime", config.key_center == "runtime"
     normalizer = {
         "NORM": config.key_norm_exponent if has_norm else 0.0,
@@ -272,7 +270,6 @@ def append_kv(key: torch.Tensor, value: torch.Tensor, *args: Any, launch: Launch
         launch(
             append_step_kernel, (slices, rows), *state, key, value, *strides, *sizes, num_blocks,
             **windows, GROUP=config.group_size, **normalizer, ROWS=1 if num_new == 1 else 16, **quantizer,
-            num_warps=warps,
         )  # fmt: skip
         return None
 
@@ -289,6 +286,8 @@ def append_kv(key: torch.Tensor, value: torch.Tensor, *args: Any, launch: Launch
         )  # fmt: skip
     # The window holds less than recent + flush tokens before the append: that bounds the blocks that can leave.
     max_leaving = (num_new + flush - 1) // flush * flush
+    # A thread then holds 64 keys, later 64 values, and whatever shares a byte with them.
+    warps = max(1, width // 64) * (max(BLOCK, config.group_size) // BLOCK)
     launch(
         quantize_kernel, (max_leaving // max(BLOCK, config.group_size), slices, rows),
         *state, key, value, *strides, *sizes, num_blocks,
