@@ -17,13 +17,16 @@ STAMP := $(VENV)/.innerq-installed
 TEST_PROCESSES ?= 2
 TEST_THREADS ?= 1
 
+# What `make emulate` compiles for: "80", "90", or with ",races" to watch for missing barriers.
+CAPABILITY ?= 90
+
 # The lower bound that pyproject.toml gives, and the tests that depend on it.
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).0
 OLDEST_FOLDER := $(VENV)/transformers-$(OLDEST)
 OLDEST_TESTS := $(addprefix tests/test_, backend.py cache.py generation.py padding.py passes.py storage.py \
 	support_matrix.py tensor_parallel.py ways_in.py fold_key_norm.py)
 
-.PHONY: help venv demo test sanitize matrix soak oldest rivals gpu sass tables check format wheel clean
+.PHONY: help venv demo test sanitize matrix soak oldest rivals gpu sass emulate tables check format wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -73,6 +76,11 @@ matrix: $(STAMP) ## run a tiny model of every family, compiled and not, and rene
 
 sass: $(STAMP) ## compile the Triton kernels for four GPUs, without one, and count their instructions
 	$(BIN)/python -P benchmarks/sass $(ARGS)
+
+# Slow: every launch of these tests is compiled for the GPU and emulated, instruction by instruction.
+emulate: $(STAMP) ## run the Triton kernels' tests as code compiled for an H100, emulated (CAPABILITY=80: an A100)
+	INNERQ_EMULATE=$(CAPABILITY) TRITON_DEFAULT_FP_FUSION=1 OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -P -m pytest \
+	-n $(TEST_PROCESSES) tests/test_triton_kernels.py tests/test_triton_attention.py tests/test_ptx_kernels.py $(ARGS)
 
 soak: $(STAMP) ## generate 20,000 tokens: constant memory, no recompile, the cache equal to the reference
 	$(BIN)/python -P benchmarks/soak.py $(ARGS)

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+EMULATED = os.environ.get("INNERQ_EMULATE")
+"""Compute capability of a GPU to emulate: the Triton kernels then run as the code compiled for it (tests/ptx)."""
+
+if EMULATED:
+    sys.path.append(str(Path(__file__).resolve().parent))
+    from ptx import plugin
+
+    plugin.install(EMULATED)
+elif not torch.cuda.is_available():
     # Triton reads this when it is first imported: the kernels then run on CPU tensors, program by program. A test that
     # compiles them ahead of time does so in a process of its own, without the variable.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel  # noqa: E402
 
-from innerq_compile.config import InnerQConfig
-from innerq_compile.quant import dequantize_groups, key_center_and_norm, quantize_groups
+from innerq_compile.config import InnerQConfig  # noqa: E402
+from innerq_compile.quant import dequantize_groups, key_center_and_norm, quantize_groups  # noqa: E402
 
 
 class History:

@@ -1,6 +1,7 @@
 """decode_attention in Triton against the float64 reference, within budgets computed from the data."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -163,7 +164,7 @@ def test_query_heads_lengths_and_head_dims(q_per_kv, q_len, head_dim):
     check_attention(config, state, queries(2, q_len, q_per_kv, head_dim).transpose(1, 2), paths=(False,))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels have the order of their Triton version")
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="compiled kernels have their Triton version's order")
 @pytest.mark.parametrize("bits", BITS)
 def test_the_other_order_of_inner_positions(bits, monkeypatch):
     """Which order it is depends on Triton's version; the result does not."""
