@@ -12,7 +12,9 @@ APPROXIMATION_ULPS = 2
 """Of ``ex2.approx`` and ``div.full``, by their documentation."""
 
 
-@builds("add", "sub", "mul", "mad", "min", "max", "neg", "abs")
+@builds("add", "sub", "mul", "mad", modifiers="rn lo hi wide")
+@builds("min", "max", modifiers="xorsign abs")
+@builds("neg", "abs")
 def arithmetic_of_any_type(machine: Machine, instruction: Instruction) -> Step:
     """The float forms of these instructions; integers are dealt with elsewhere."""
     kind, name = instruction.types[-1], instruction.name
@@ -21,11 +23,13 @@ def arithmetic_of_any_type(machine: Machine, instruction: Instruction) -> Step:
     target, *operands = instruction.operands
     if name in ("neg", "abs"):
         return change_sign(machine, instruction)
-    if kind != "f32" or instruction.has("ftz", "sat", "rz", "rm", "rp", "NaN"):
-        raise EmulationError("only float32, rounded to nearest, is known")
+    if kind != "f32":
+        raise EmulationError("only float32 is known")
     out, (x, y) = machine.target(target, kind), (machine.value(operand, kind) for operand in operands)
     if name in UFUNCS:
         return elementwise(UFUNCS[name], out, x, y)
+    if instruction.has("xorsign"):
+        return assign(out, lambda: with_product_sign(extremum(name, np.abs(x), np.abs(y)), x, y))
     return assign(out, lambda: extremum(name, x, y))
 
 
@@ -34,6 +38,11 @@ def extremum(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     result = (np.fmin if name == "min" else np.fmax)(x, y)
     both = np.bitwise_or if name == "min" else np.bitwise_and
     return np.where((x == 0) & (y == 0), both(x.view(np.uint32), y.view(np.uint32)).view(np.float32), result)
+
+
+def with_product_sign(magnitude: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A magnitude with the sign that ``x * y`` has."""
+    return np.where(np.signbit(x) != np.signbit(y), -magnitude, magnitude)
 
 
 def change_sign(machine: Machine, instruction: Instruction) -> Step:
@@ -48,7 +57,7 @@ def change_sign(machine: Machine, instruction: Instruction) -> Step:
     return elementwise(np.bitwise_and, out, x, out.dtype.type(~signs % (1 << 8 * out.itemsize)))
 
 
-@builds("fma")
+@builds("fma", modifiers="rn")
 def fused_multiply_add(machine: Machine, instruction: Instruction) -> Step:
     """``x * y + z`` with one rounding."""
     if instruction.opcode != "fma.rn.f32":
@@ -90,7 +99,7 @@ def roughly(machine: Machine, x: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(moved) & (np.abs(x) > 2 * np.finfo(np.float32).tiny), moved, x)
 
 
-@builds("sqrt")
+@builds("sqrt", modifiers="rn")
 def square_root(machine: Machine, instruction: Instruction) -> Step:
     """sqrt.rn."""
     if instruction.opcode != "sqrt.rn.f32":
@@ -99,7 +108,7 @@ def square_root(machine: Machine, instruction: Instruction) -> Step:
     return elementwise(np.sqrt, machine.target(target, "f32"), machine.value(x, "f32"))
 
 
-@builds("ex2")
+@builds("ex2", modifiers="approx ftz")
 def power_of_two(machine: Machine, instruction: Instruction) -> Step:
     """ex2.approx.ftz: subnormal numbers are 0, going in and coming out."""
     if instruction.opcode != "ex2.approx.ftz.f32":
@@ -139,13 +148,11 @@ def to_f16(x: np.ndarray) -> np.ndarray:
 NARROW = {"f16": to_f16, "bf16": to_bf16}
 
 
-@builds("cvt")
+@builds("cvt", modifiers="rn")
 def convert(machine: Machine, instruction: Instruction) -> Step:
     """Between integers (cut off or extended), and to and from float32."""
     to, source = instruction.types
     target, *operands = instruction.operands
-    if instruction.has("rzi", "rmi", "rpi", "rni", "sat", "ftz", "rz", "rm", "rp"):
-        raise EmulationError("only conversions that round to nearest are known")
     values = [machine.value(operand, source) for operand in operands]
     if to.endswith("x2") and source == "f32":
         narrow, out = NARROW[to.removesuffix("x2")], machine.target(target, "b32")

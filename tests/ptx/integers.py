@@ -73,7 +73,7 @@ def logic(machine: Machine, instruction: Instruction) -> Step:
     return arithmetic(machine, instruction)
 
 
-@builds("div", "rem")
+@builds("div", "rem", modifiers="rn full")
 def divide(machine: Machine, instruction: Instruction) -> Step:
     """Quotient towards zero, or what remains."""
     from ptx.floats import divide_floats
@@ -160,7 +160,7 @@ COMPARISONS = {
 }  # fmt: skip
 
 
-@builds("setp")
+@builds("setp", modifiers=" ".join([*COMPARISONS, *(f"{name}u" for name in COMPARISONS)]))
 def compare(machine: Machine, instruction: Instruction) -> Step:
     """A comparison with NaN is false; with ``u`` at its end (``neu``, ``ltu``) it is true."""
     (kind,), (target, *operands) = instruction.types, instruction.operands

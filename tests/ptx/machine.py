@@ -40,11 +40,16 @@ class EmulationError(Exception):
     """What went wrong, with the instruction and its line in the kernel's source."""
 
 
-def builds(*names: str) -> Callable[[Builder], Builder]:
-    """Makes a function the builder of the instructions of these names."""
+MODIFIERS: dict[str, frozenset[str]] = {}
+"""First part of an opcode -> which others its builder knows, types aside. Any other one is refused."""
+
+
+def builds(*names: str, modifiers: str = "") -> Callable[[Builder], Builder]:
+    """Makes a function the builder of the instructions of these names, with these modifiers (separated by blanks)."""
 
     def note(builder: Builder) -> Builder:
         BUILDERS.update(dict.fromkeys(names, builder))
+        MODIFIERS.update(dict.fromkeys(names, frozenset(modifiers.split())))
         return builder
 
     return note
@@ -195,6 +200,9 @@ class Machine:
 
     def _build(self, instruction: Instruction) -> Step:
         try:
+            unknown = instruction.modifiers - MODIFIERS.get(instruction.name, instruction.modifiers)
+            if unknown:
+                raise EmulationError(f"modifiers not known: {sorted(unknown)}")
             step = self._flow(instruction) or BUILDERS[instruction.name](self, instruction)
         except (KeyError, ValueError, AttributeError, EmulationError) as error:
             raise EmulationError(f"{self.program.name}: cannot do {instruction}: {error!r}") from error

@@ -86,7 +86,7 @@ class SharedMemory(Memory):
         return lanes // self.threads * self.stride + offsets
 
     def watch(self, threads: int, clock: Clock) -> None:
-        self.shadow = Shadow(self.content.size, threads, clock, was_written=False)
+        self.shadow = Shadow(self.content.size, threads, clock)
 
 
 class GlobalMemory(Memory):
@@ -131,7 +131,7 @@ class GlobalMemory(Memory):
         return at + _WholeMemory.BEGIN - self._begins[index] + starts[index]
 
     def watch(self, threads: int, clock: Clock) -> None:
-        self.shadow = Shadow(int(self._sizes.sum()), threads, clock, was_written=True)
+        self.shadow = Shadow(int(self._sizes.sum()), threads, clock)
 
 
 class _WholeMemory:

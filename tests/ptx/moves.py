@@ -53,7 +53,7 @@ def space_of(machine: Machine, instruction: Instruction) -> tuple[Memory, bool]:
     raise EmulationError("only global and shared memory are known")
 
 
-@builds("ld")
+@builds("ld", modifiers="global shared shared::cta param v2 v4")
 def load(machine: Machine, instruction: Instruction) -> Step:
     """One number or a vector; what is narrower than its register is extended."""
     (kind,), (target, address) = instruction.types, instruction.operands
@@ -84,7 +84,7 @@ def load_param(machine: Machine, out: np.ndarray, address: str, kind: str) -> St
     return assign(out, lambda: value.astype(out.dtype))
 
 
-@builds("st")
+@builds("st", modifiers="global shared shared::cta v2 v4")
 def store(machine: Machine, instruction: Instruction) -> Step:
     """One number or a vector."""
     (kind,), (address, source) = instruction.types, instruction.operands
@@ -105,7 +105,7 @@ def store(machine: Machine, instruction: Instruction) -> Step:
     return put
 
 
-@builds("atom")
+@builds("atom", modifiers="global gpu acq_rel relaxed add")
 def atomic(machine: Machine, instruction: Instruction) -> Step:
     """An atomic addition, lane by lane."""
     if not instruction.has("add") or not instruction.has("global") or instruction.types[-1] not in ("u64", "u32"):
@@ -142,7 +142,7 @@ class Copy:
     group: np.ndarray
 
 
-@builds("cp")
+@builds("cp", modifiers="async ca cg shared global commit_group wait_group")
 def copy_asynchronously(machine: Machine, instruction: Instruction) -> Step:
     """cp.async, commit_group and wait_group."""
     if instruction.has("commit_group"):

@@ -6,6 +6,7 @@ import dataclasses
 import re
 
 BARRIERS = ("bar", "barrier")
+TYPE = re.compile(r"[bsuf]\d+(x2)?|bf16(x2)?|pred")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,12 @@ class Instruction:
     @property
     def types(self) -> tuple[str, ...]:
         """The parts of the opcode that name a type."""
-        return tuple(part for part in self.opcode.split(".") if re.fullmatch(r"[bsuf]\d+(x2)?|bf16(x2)?|pred", part))
+        return tuple(part for part in self.opcode.split(".") if TYPE.fullmatch(part))
+
+    @property
+    def modifiers(self) -> frozenset[str]:
+        """The parts of the opcode behind the first that name no type."""
+        return frozenset(part for part in self.opcode.split(".")[1:] if not TYPE.fullmatch(part))
 
     def has(self, *modifiers: str) -> bool:
         """Whether one of these is a part of the opcode."""

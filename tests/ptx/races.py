@@ -35,11 +35,10 @@ class Shadow:
         size: Number of bytes. No byte may belong to two programs.
         threads: Of a program.
         clock: The machine's.
-        was_written: Before the kernel began; otherwise reading a byte that no thread has written is an error.
     """
 
-    def __init__(self, size: int, threads: int, clock: Clock, *, was_written: bool) -> None:
-        self.clock, self.threads, self.was_written = clock, threads, was_written
+    def __init__(self, size: int, threads: int, clock: Clock) -> None:
+        self.clock, self.threads = clock, threads
         self.writer = np.full(size, NOBODY)
         self.written = np.zeros((2, size), np.int64)  # when: program, warp
         self.reader = np.full((threads // WARP, size), NOBODY)
@@ -54,8 +53,6 @@ class Shadow:
         """
         lanes, at = _spread(lanes, at, size)
         writer = self.writer[at]
-        if not self.was_written:
-            _refuse(writer == NOBODY, lanes, at, "reads", "that nobody wrote")
         unordered = (writer != NOBODY) & (writer != lanes) & self._same_time(lanes, writer, *self.written[:, at])
         _refuse(unordered, lanes, at, "reads", f"that thread {writer[unordered][:1]} has just written")
         warp, now = lanes % self.threads // WARP, self.clock.warp[lanes]

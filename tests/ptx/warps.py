@@ -25,13 +25,13 @@ def whole_warps(machine: Machine, where: Where) -> np.ndarray:
     return np.flatnonzero(parts.any(1))
 
 
-@builds("bar", "barrier")
+@builds("bar", "barrier", modifiers="warp sync")
 def warp_barrier(machine: Machine, instruction: Instruction) -> Step:
     """bar.warp.sync; barriers of all threads end a block and are dealt with there."""
     return lambda where: machine.clock.pass_warp(machine.active(where))
 
 
-@builds("shfl")
+@builds("shfl", modifiers="sync bfly idx up down")
 def shuffle(machine: Machine, instruction: Instruction) -> Step:
     """A register of another lane of the warp; of the own lane where that one lies outside the segment."""
     target, source, by, bounds, members = instruction.operands
@@ -74,7 +74,7 @@ def matrix_rows(
     return lanes, addresses[lanes]
 
 
-@builds("ldmatrix")
+@builds("ldmatrix", modifiers="sync aligned m8n8 x1 x2 x4 trans shared")
 def load_matrices(machine: Machine, instruction: Instruction) -> Step:
     """8 x 8 matrices of 16-bit numbers: lane ``4 r + c`` gets columns 2 c and 2 c + 1 of row r."""
     targets, address = instruction.operands
@@ -94,7 +94,7 @@ def load_matrices(machine: Machine, instruction: Instruction) -> Step:
     return fetch
 
 
-@builds("stmatrix")
+@builds("stmatrix", modifiers="sync aligned m8n8 x1 x2 x4 trans shared")
 def store_matrices(machine: Machine, instruction: Instruction) -> Step:
     """The inverse of ldmatrix."""
     address, sources = instruction.operands
@@ -113,7 +113,7 @@ def store_matrices(machine: Machine, instruction: Instruction) -> Step:
     return put
 
 
-@builds("mma")
+@builds("mma", modifiers="sync aligned m16n8k16 row col")
 def multiply_matrices(machine: Machine, instruction: Instruction) -> Step:
     """``D [16, 8] = A [16, 16] B [16, 8] + C`` of float16 or bfloat16 numbers, in float32.
 
