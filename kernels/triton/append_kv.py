@@ -51,15 +51,20 @@ _NO_PAIRS = tl.constexpr(ROPE_PAIRS.index("off"))
 
 
 @triton.jit
-def advance_counts(counts_ptr, num_new, capacity, leaving, programs):
-    """Counts the append, once all ``programs`` of the row are here. No program may touch the counts after this."""
+def advance_counts(counts_ptr, num_new, capacity, column, quantized, programs):
+    """Counts the append, once all ``programs`` of the row are here. No program may touch the counts after this.
+
+    What the row held follows from ``column`` (:func:`plan_row`): to read it again would be another trip to memory, by
+    threads that nothing keeps behind the one that writes. ``quantized`` includes what leaves now.
+    """
     tl.debug_barrier()  # the other warps of this program have read what they need
     ticket = tl.atomic_add(counts_ptr + _PADS, _TICKET, sem="acq_rel")
     if ticket // _TICKET == programs - 1:
-        slots = tl.load(counts_ptr + _SLOTS)
+        pads = ticket % _TICKET
+        slots = pads - column
         tl.store(counts_ptr + _SLOTS, slots + tl.minimum(num_new, tl.maximum(capacity - slots, 0)))
-        tl.store(counts_ptr + _QUANTIZED, tl.load(counts_ptr + _QUANTIZED) + leaving)
-        tl.store(counts_ptr + _PADS, ticket % _TICKET)
+        tl.store(counts_ptr + _QUANTIZED, quantized)
+        tl.store(counts_ptr + _PADS, pads)
 
 
 @triton.jit
@@ -159,7 +164,8 @@ def append_step_kernel(
         tl.store(k_window_ptr + slot, key, mask=is_kept)
         value = tl.load(value_ptr + row * stride_vm + channels[None, :], mask=is_kept)
         tl.store(v_window_ptr + slot, value, mask=is_kept)
-    advance_counts(counts_ptr, num_new, capacity, leaving, tl.num_programs(0) * num_heads)
+    quantized = first_token - SINK + leaving
+    advance_counts(counts_ptr, num_new, capacity, column, quantized, tl.num_programs(0) * num_heads)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -231,7 +237,9 @@ def window_kernel(
     value_ptr += batch * stride_vb + head % num_heads * stride_vh
     tl.store(k_window_ptr + stored, tl.load(key_ptr + row * stride_km + channels, mask=is_written), mask=is_written)
     tl.store(v_window_ptr + stored, tl.load(value_ptr + row * stride_vm + channels, mask=is_written), mask=is_written)
-    advance_counts(counts_ptr, num_new, capacity, leaving, tl.num_programs(0) * tl.num_programs(1) * num_heads)
+    quantized = first_token - SINK + leaving
+    programs = tl.num_programs(0) * tl.num_programs(1) * num_heads
+    advance_counts(counts_ptr, num_new, capacity, column, quantized, programs)
 
 
 def append_kv(key: torch.Tensor, value: torch.Tensor, *args: Any, launch: Launch = run) -> None:
