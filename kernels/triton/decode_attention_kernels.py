@@ -21,6 +21,7 @@ from innerq_compile.kernels.triton.operands import (
     outer_to_inner,
     place,
 )
+from innerq_compile.kernels.triton.scales import load_key_scales, load_value_scales
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -58,10 +59,11 @@ def decode_attention_kernel(
     split = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = head // num_heads
-    slots = tl.load(counts_ptr + batch * 3)
-    pads = tl.load(counts_ptr + batch * 3 + 2)
+    # Numbers of tokens and blocks fit 32 bits; divisions by sizes in 64 would be calls that cost the loop registers.
+    slots = tl.load(counts_ptr + batch * 3).to(tl.int32)
+    pads = tl.load(counts_ptr + batch * 3 + 2).to(tl.int32)
     held = slots - pads
-    blocks = tl.minimum(tl.load(counts_ptr + batch * 3 + 1) // 32, num_blocks)
+    blocks = tl.minimum(tl.load(counts_ptr + batch * 3 + 1).to(tl.int32) // 32, num_blocks)
 
     rows = tl.program_id(2) * RT + tl.arange(0, RT)
     row_exists = rows < Q_PER_KV * Q_LEN
@@ -73,7 +75,7 @@ def decode_attention_kernel(
     if MASK == _CAUSAL:
         end = tl.minimum(end, held - Q_LEN + 1 + rows % Q_LEN)
     end = tl.where(row_exists, end, 0)
-    mask_ptr += batch * stride_mb + q_head * stride_mh + pads * stride_ms
+    mask_ptr += batch * stride_mb + q_head * stride_mh + pads.to(tl.int64) * stride_ms
     mask_rows = (rows // Q_LEN).to(tl.int64) * stride_mh + rows % Q_LEN * stride_mm
     scale = tl.full([], sm_scale, tl.float32) * _LOG2E  # comes as float64 under Inductor
     out_rows = (head * tl.num_programs(0) + split) * (Q_PER_KV * Q_LEN) + rows
@@ -145,12 +147,21 @@ def _attend_packed(
     for _ in tl.static_range(TILES):
         sums += (tl.zeros([NB, 32, RT], tl.float32),)
 
+    limit = tl.minimum(limit, SINK + last * 32)
+    token = nb[:, None] * 32 + lane[None, :]
+    next_mask = _load_mask(SINK + first * 32, token, end, limit, mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED)
     # Stated at the loop, the number of stages also holds for loads that feed no product: the scales of the values.
     for i in tl.range(first, last, NB, num_stages=_stages(HEAD_DIM * (K_BITS + V_BITS), EXACT, ASM)):
-        # Blocks past the last are the last one again, and no row sees their tokens.
-        block = tl.minimum(nb, (last - 1 - i).to(tl.int32))
-        words, high_words = operand_words(k_codes_ptr + i * K_WORDS, block * K_WORDS, K_BITS)
-        steps, constants = _load_key_scales(k_scales_ptr, k_zeros_ptr, i, block, HEAD_DIM, GROUP, K_MODE, K_CENTER, NB)
+        # Blocks past the last are the last one again, and no row sees their tokens. (As a sum of i and something else
+        # the compiler would carry an address of its own for every load from iteration to iteration.)
+        block = tl.minimum(i + nb, last - 1).to(tl.int64)
+        mask = next_mask
+        if MASK != _CAUSAL:
+            next_mask = _load_mask(
+                SINK + (i + NB) * 32, token, end, limit, mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED
+            )
+        words, high_words = operand_words(k_codes_ptr, block * K_WORDS, K_BITS)
+        steps, constants = load_key_scales(k_scales_ptr, k_zeros_ptr, block, HEAD_DIM, GROUP, K_MODE, K_CENTER, NB)
         scores = tl.zeros([NB, 32, RT], tl.float32)
         for t in tl.static_range(TILES):
             start = t * (64 * K_BITS)
@@ -162,18 +173,16 @@ def _attend_packed(
                 if K_MODE != 0:
                     constant = constants[(t * PARTS + part) * 32 // max(GROUP, 32)]
                     scores += constant[:, :, None] * query_sums[t * PARTS + part]
-        scores = _mask_scores(
-            scores * row_scale + center, SINK + i * 32, nb[:, None] * 32 + lane[None, :],
-            end, tl.minimum(limit, SINK + last * 32), mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED,
-        )  # fmt: skip
+        visible = _visible(SINK + i * 32, token, end, limit, MASK_SHARED)
+        scores = _mask_scores(scores * row_scale + center, visible, mask, MASK)
         largest, weights, rescale = _weigh(scores, largest)
         total = total * rescale + weights
-        words, high_words = operand_words(v_codes_ptr + i * V_WORDS, block * V_WORDS, V_BITS)
+        words, high_words = operand_words(v_codes_ptr, block * V_WORDS, V_BITS)
         for part in tl.static_range(PARTS):
             w_part = outer_to_inner(_only_part(weights.to(DTYPE), part, PARTS), NB, RT)
             value_start = tl.dot(start_operand, w_part, input_precision="ieee")
-            steps, constants = _load_value_scales(
-                v_scales_ptr, v_zeros_ptr, i, block, part, HEAD_DIM, GROUP, V_MODE, V_CENTER, NB
+            steps, constants = load_value_scales(
+                v_scales_ptr, v_zeros_ptr, block, part, HEAD_DIM, GROUP, V_MODE, V_CENTER, NB
             )
             updated = ()
             for t in tl.static_range(TILES):
@@ -227,7 +236,8 @@ def _attend_windows(
         query = tl.broadcast_to(query[None, :, :], [NB, 32, RT])
         scores = tl.dot(keys.to(DTYPE), query, scores, input_precision="ieee")
     token = tl.where(is_held, token, held)
-    scores = _mask_scores(scores * scale, 0, token, end, limit, mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED)
+    mask = _load_mask(0, token.to(tl.int64), end, limit, mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED)
+    scores = _mask_scores(scores * scale, _visible(0, token, end, limit, MASK_SHARED), mask, MASK)
     largest, weights, _ = _weigh(scores, tl.full([NB, RT], _LOWEST, tl.float32))
     for t in tl.static_range(TILES):
         channels = (t * 32 + lane)[None, :, None]
@@ -314,100 +324,46 @@ def _plain_codes(codes, BITS: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _load_key_scales(
-    scales_ptr, zeros_ptr, first_block, block,
-    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, MODE: tl.constexpr, CENTER: tl.constexpr, NB: tl.constexpr,
-):  # fmt: skip
-    """Steps and constants of blocks first_block + block [NB]: a tuple of [NB, 32 tokens] for each group of channels."""
-    BLOCK_SCALES: tl.constexpr = HEAD_DIM * 32 // GROUP
-    offsets = first_block * BLOCK_SCALES + (block * BLOCK_SCALES)[:, None]
-    return _load_scales(scales_ptr + offsets, zeros_ptr + offsets, HEAD_DIM // GROUP, MODE, CENTER, NB)
+def _visible(first_token, token, end, limit, MASK_SHARED: tl.constexpr):
+    """Which tokens first_token + token [NB, 32] may be looked at, as [NB, 32, RT or 1].
 
-
-@triton.jit
-def _load_value_scales(
-    scales_ptr, zeros_ptr, first_block, block, part: tl.constexpr,
-    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, MODE: tl.constexpr, CENTER: tl.constexpr, NB: tl.constexpr,
-):  # fmt: skip
-    """Steps and constants of a part of blocks first_block + block [NB]: a tuple of [NB, 32 channels] for each tile."""
-    if GROUP <= 32:
-        offsets = (first_block * (32 // GROUP) + part) * HEAD_DIM + (block * (32 // GROUP * HEAD_DIM))[:, None]
-    else:
-        offsets = ((first_block + block) // (GROUP // 32) * HEAD_DIM)[:, None]
-    return _load_scales(scales_ptr + offsets, zeros_ptr + offsets, HEAD_DIM // 32, MODE, CENTER, NB)
-
-
-@triton.jit
-def _load_scales(
-    first_scales, first_zeros, COUNT: tl.constexpr, MODE: tl.constexpr, CENTER: tl.constexpr, NB: tl.constexpr
-):
-    """Step s and constant z of ``s * u + z``: tuples of COUNT float32 [NB, 32] in operand order, from COUNT * 32 scales
-    in a row behind each pointer [NB, 1]. The constants have no meaning in symmetric mode.
-    """
-    scales = _load_rows(first_scales, COUNT, NB)
-    zeros = scales
-    if MODE != 0:
-        zeros = _load_rows(first_zeros, COUNT, NB)
-    steps, constants = (), ()
-    for k in tl.static_range(COUNT):
-        s = scales[k].to(tl.float32)
-        z = zeros[k].to(tl.float32)
-        if MODE == 2:
-            # The sign bit marks an asymmetric group, also on a scale of -0.0.
-            z -= tl.abs(s) * tl.where(s.to(tl.int32, bitcast=True) < 0, 0.0, CENTER)
-            s = tl.abs(s)
-        steps += (s,)
-        constants += (z,)
-    return steps, constants
-
-
-@triton.jit
-def _load_rows(first, COUNT: tl.constexpr, NB: tl.constexpr):
-    """A tuple of COUNT [NB, 32] in operand order."""
-    rows = ()
-    if COUNT & (COUNT - 1) == 0:
-        # All with one wide load.
-        x = tl.load(first + tl.arange(0, COUNT * 32)[None, :])
-        x = tl.permute(tl.reshape(x, [NB, COUNT, 2, 8, 2]), [0, 2, 4, 3, 1])
-        rows = _split_rows(tl.reshape(x, [NB, 32, COUNT]), COUNT, NB)
-    else:
-        for k in tl.static_range(COUNT):
-            rows += (tl.load(first + (k * 32 + place(tl.arange(0, 32)))[None, :]),)
-    return rows
-
-
-@triton.jit
-def _split_rows(x, COUNT: tl.constexpr, NB: tl.constexpr):
-    """[NB, 32, COUNT] to a tuple of COUNT [NB, 32]."""
-    if COUNT == 1:
-        rows = (tl.reshape(x, [NB, 32]),)
-    else:
-        x = tl.permute(tl.reshape(x, [NB, 32, 2, COUNT // 2]), [0, 1, 3, 2])
-        low, high = tl.split(x)
-        rows = _split_rows(low, COUNT // 2, NB) + _split_rows(high, COUNT // 2, NB)
-    return rows
-
-
-@triton.jit
-def _mask_scores(
-    scores, first_token, token, end, limit, mask_ptr, mask_rows, stride_ms,
-    MASK: tl.constexpr, MASK_SHARED: tl.constexpr,
-):  # fmt: skip
-    """Scores [NB, 32, RT] of tokens first_token + token [NB, 32]; -inf where a row may not look.
-
-    That is at and past ``end`` [RT], or, where MASK_SHARED saves the rows a bound of their own, at and past ``limit``.
+    That is before ``end`` [RT], or, where MASK_SHARED saves the rows a bound of their own, before ``limit``.
     """
     if MASK_SHARED:
-        visible = (token < (limit - first_token).to(token.dtype))[:, :, None]
+        visible = (token < limit - first_token)[:, :, None]
     else:
-        visible = token[:, :, None] < (tl.minimum(end, limit) - first_token).to(token.dtype)[None, None, :]
+        visible = token[:, :, None] < (tl.minimum(end, limit) - first_token)[None, None, :]
+    return visible
+
+
+@triton.jit
+def _load_mask(
+    first_token, token, end, limit, mask_ptr, mask_rows, stride_ms, MASK: tl.constexpr, MASK_SHARED: tl.constexpr
+):
+    """The mask's numbers for tokens first_token + token [NB, 32], as [NB, 32] where MASK_SHARED and else [NB, 32, RT].
+
+    Without a mask they have no meaning.
+    """
+    mask = token
     if MASK != _CAUSAL:
-        at = (mask_ptr + first_token * stride_ms + token * stride_ms)[:, :, None]
-        if not MASK_SHARED:
-            at += mask_rows[None, None, :]
+        at = mask_ptr + tl.cast(first_token, tl.int64) * stride_ms + token * stride_ms
+        if MASK_SHARED:
+            mask = tl.load(at, mask=token < limit - first_token, other=0)
+        else:
+            visible = _visible(first_token, token, end, limit, MASK_SHARED)
+            mask = tl.load(at[:, :, None] + mask_rows[None, None, :], mask=visible, other=0)
+    return mask
+
+
+@triton.jit
+def _mask_scores(scores, visible, mask, MASK: tl.constexpr):
+    """Scores [NB, 32, RT] with what :func:`_load_mask` returned applied; -inf where a row may not look."""
+    if MASK != _CAUSAL:
+        if len(mask.shape) == 2:
+            mask = mask[:, :, None]
         # Triton derives the order of a product's operands from the narrowest load that their numbers come from, and
         # bytes would have it shuffle all the unpacked values; it does not look past a reduction, be it of one number.
-        mask = tl.max(tl.expand_dims(tl.load(at, mask=visible, other=0), 3), 3)
+        mask = tl.max(tl.expand_dims(mask, 3), 3)
         if MASK == _BOOLEAN:
             visible = mask != 0
         else:
@@ -450,7 +406,7 @@ def combine_kernel(
     Grid (R, B * H), R = ``out_rows`` rows per key-value head. CHANNELS: HEAD_DIM, made a power of two.
     """
     head = tl.program_id(1).to(tl.int64)
-    blocks = tl.minimum(tl.load(counts_ptr + head // num_heads * 3 + 1) // 32, num_blocks)
+    blocks = tl.minimum(tl.load(counts_ptr + head // num_heads * 3 + 1).to(tl.int32) // 32, num_blocks)
     each = tl.cdiv(tl.cdiv(blocks, num_splits), NB) * NB
     all_splits = num_splits + num_window_splits
     used = tl.cdiv(blocks, tl.maximum(each, 1))

@@ -78,11 +78,11 @@ def operand_words(codes_ptr, tile_offsets, BITS: tl.constexpr):
 
     Args:
         codes_ptr: int16 pointer.
-        tile_offsets: int32 [NB], where each tile begins, in words.
+        tile_offsets: int64 [NB], where each tile begins, in words.
     """
     WORDS: tl.constexpr = 128 if BITS < 4 else 64 * BITS
-    first = codes_ptr + tile_offsets[:, None]
-    return first + tl.arange(0, WORDS)[None, :], first + (128 + tl.arange(0, 128) % 64)[None, :]
+    words = (codes_ptr + tl.arange(0, WORDS))[None, :] + tile_offsets[:, None]
+    return words, (codes_ptr + 128 + tl.arange(0, 128) % 64)[None, :] + tile_offsets[:, None]
 
 
 @triton.jit
