@@ -88,3 +88,9 @@ def test_a_compiled_prompt_appends_with_four_kernels_and_attends_to_what_is_exac
         assert len(calls(lowered["prefill"], kernel)) == LAYERS
     assert not calls(lowered["prefill"], "decode_attention_kernel")
     assert lowered["prefill"]["as long as the cache"] == []
+
+
+def test_no_kernel_ends_the_comment_in_which_a_package_quotes_it():
+    """AOTInductor writes the source of each kernel into its C++ between /* and */."""
+    folder = Path(__file__).resolve().parent.parent / "kernels" / "triton"
+    assert not [path.name for path in folder.glob("*.py") if "*/" in path.read_text(encoding="utf-8")]
