@@ -23,7 +23,7 @@ def repack_kernel(
     outer, inner = tl.arange(0, 32 * P)[:, None], tl.arange(0, 32 * T)[None, :]
     tl.store(codes_ptr + outer * (32 * T) + inner, codes)
     fours = tl.reshape(codes, [32 * P, 8 * T, 4]) << (8 * tl.arange(0, 4)[None, None, :])
-    tiles.store_codes(out_ptr, 128 * BITS, P * 128 * BITS, tl.sum(fours, 2), BITS, P, T, SPLIT_C)
+    tiles.store_fours(out_ptr, 128 * BITS, P * 128 * BITS, tl.sum(fours, 2), BITS, P, T, SPLIT_C)
 
 
 @pytest.mark.parametrize(("P", "T"), [(1, 1), (1, 4), (4, 1), (2, 2)])

@@ -39,6 +39,7 @@ from innerq_compile.kernels.triton.launch import (
     serves,
     split,
 )
+from innerq_compile.kernels.triton.places import warps_of
 from innerq_compile.kernels.triton.tiles import window_slot
 from innerq_compile.layout import PADS, QUANTIZED, SLOTS
 
@@ -294,12 +295,12 @@ def append_kv(key: torch.Tensor, value: torch.Tensor, *args: Any, launch: Launch
         )  # fmt: skip
     # The window holds less than recent + flush tokens before the append: that bounds the blocks that can leave.
     max_leaving = (num_new + flush - 1) // flush * flush
-    # A thread then holds 64 keys, later 64 values, and whatever shares a byte with them.
-    warps = max(1, width // 64) * (max(BLOCK, config.group_size) // BLOCK)
+    unit = max(BLOCK, config.group_size)
     launch(
-        quantize_kernel, (max_leaving // max(BLOCK, config.group_size), slices, rows),
+        quantize_kernel, (max_leaving // unit, slices, rows),
         *state, key, value, *strides, *sizes, num_blocks,
-        **windows, GROUP=config.group_size, NORMALIZE=has_norm or centered, **quantizer, num_warps=warps,
+        **windows, GROUP=config.group_size, NORMALIZE=has_norm or centered, **quantizer,
+        num_warps=warps_of(width, unit // BLOCK),
     )  # fmt: skip
     launch(
         window_kernel, ((config.sink + config.ring + 31) // 32, slices, rows),

@@ -7,7 +7,14 @@ import triton.language as tl
 
 from innerq_compile.kernels.triton.division import normalize
 from innerq_compile.kernels.triton.groups import quantize_groups
-from innerq_compile.kernels.triton.tiles import store_codes
+from innerq_compile.kernels.triton.places import (
+    key_places,
+    keys_by_token,
+    of_channels,
+    value_places,
+    values_by_channel,
+)
+from innerq_compile.kernels.triton.tiles import store_fours
 from innerq_compile.layout import PADS, QUANTIZED, SLOTS
 
 _SLOTS, _QUANTIZED, _PADS = tl.constexpr(SLOTS), tl.constexpr(QUANTIZED), tl.constexpr(PADS)
@@ -68,22 +75,20 @@ def quantize_keys(
 ):  # fmt: skip
     """Quantizes 32 tokens of a head into block ``block`` (counted over all heads), for a slice of channels."""
     T: tl.constexpr = SLICE // 32
-    field = tl.arange(0, 8)[:, None]  # half, a, b
-    place = tl.arange(0, 128 * T)[None, :]  # t, row, c, i
+    t, u, channels = key_places(T)
     x = load_tokens(
-        new_ptr, stride_m, window_ptr, first_token, place // 8 % 16, field // 4 * 16,
-        first_channel + place // 128 * 32 + place % 8 + field % 4 * 8, held_before, column,
+        new_ptr, stride_m, window_ptr, first_token, t, u, first_channel + channels, held_before, column,
         HEAD_DIM, SINK, RING, 32,
     )  # fmt: skip
     x = tl.reshape(x, [2, 4, T, 16, 8])
     if NORMALIZE:
-        x = normalize(x, _per_channel(center, T), _per_channel(norm, T))
-    x = tl.permute(x, [0, 3, 2, 1, 4])
+        x = normalize(x, of_channels(center, T), of_channels(norm, T))
+    x = keys_by_token(x, T)
     codes, scales, zeros = quantize_groups(
         tl.reshape(x, [32, SLICE // GROUP, GROUP]), MODE, CENTER, SPAN, ASYM_MAX_CODE
     )
     corner = block * HEAD_DIM + first_channel
-    store_codes(
+    store_fours(
         codes_ptr + corner // 32 * (128 * BITS), 0, 128 * BITS, tl.reshape(codes, [32, 8 * T]), BITS, 1, T, True
     )
     rows = tl.arange(0, 32)
@@ -92,12 +97,6 @@ def quantize_keys(
     tl.store(scales_ptr + offsets, scales)
     if MODE != 0:
         tl.store(zeros_ptr + offsets, zeros)
-
-
-@triton.jit
-def _per_channel(x, T: tl.constexpr):
-    """[32 * T] channels as [1, 4, T, 1, 8]."""
-    return tl.permute(tl.reshape(x, [1, T, 4, 8, 1]), [0, 2, 1, 4, 3])
 
 
 @triton.jit
@@ -112,20 +111,17 @@ def quantize_values(
     UNIT: tl.constexpr = max(GROUP, 32)
     P: tl.constexpr = SLICE // 32
     T: tl.constexpr = UNIT // 32
-    field = tl.arange(0, 32)[:, None]  # half, a, b, i
-    place = tl.arange(0, 32 * P * T)[None, :]  # t, p, c, row
+    t, u, channels = value_places(P, T)
     x = load_tokens(
-        new_ptr, stride_m, window_ptr, first_token,
-        place // (32 * P) * 32 + place // 16 % 2 * 4, field // 4 % 4 * 8 + field % 4,
-        first_channel + place // 32 % P * 32 + place // 2 % 8 * 2 + place % 2 + field // 16 * 16, held_before, column,
+        new_ptr, stride_m, window_ptr, first_token, t, u, first_channel + channels, held_before, column,
         HEAD_DIM, SINK, RING, UNIT,
     )  # fmt: skip
-    x = tl.permute(tl.reshape(x, [2, 4, 4, T, P, 2, 16]), [4, 0, 6, 3, 1, 5, 2])
+    x = values_by_channel(x, P, T)
     codes, scales, zeros = quantize_groups(
         tl.reshape(x, [SLICE, UNIT // GROUP, GROUP]), MODE, CENTER, SPAN, ASYM_MAX_CODE
     )
     tiles_ptr = codes_ptr + (block * HEAD_DIM + first_channel) // 32 * (128 * BITS)
-    store_codes(
+    store_fours(
         tiles_ptr, 128 * BITS, HEAD_DIM // 32 * (128 * BITS), tl.reshape(codes, [SLICE, 8 * T]), BITS, P, T, False
     )
     channels = first_channel + tl.arange(0, SLICE)

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from innerq_compile import ops
 from innerq_compile.config import BLOCK
+from innerq_compile.kernels.triton.division import rounded_product
 from innerq_compile.kernels.triton.groups import dequantize_groups, load_zeros
 from innerq_compile.kernels.triton.launch import (
     SIZES,
@@ -24,7 +25,15 @@ from innerq_compile.kernels.triton.launch import (
     serves,
     split,
 )
-from innerq_compile.kernels.triton.tiles import load_codes, window_slot
+from innerq_compile.kernels.triton.places import (
+    key_places,
+    keys_by_place,
+    of_channels,
+    value_places,
+    values_by_place,
+    warps_of,
+)
+from innerq_compile.kernels.triton.tiles import load_fours, window_slot
 from innerq_compile.layout import PADS, QUANTIZED, SLOTS
 
 _SLOTS, _QUANTIZED, _PADS = tl.constexpr(SLOTS), tl.constexpr(QUANTIZED), tl.constexpr(PADS)
@@ -54,38 +63,45 @@ def dequantize_kv_kernel(
     block = (first_token - SINK) // 32
     is_packed = (first_token >= SINK) & (first_token - SINK < quantized)
 
-    rows = tl.arange(0, 32)
-    channels = first_channel + tl.arange(0, SLICE)
-    slot = first_slot + rows
-    is_slot = ((slot >= 0) & (slot < capacity))[:, None]
-    out = (head * capacity + slot)[:, None] * HEAD_DIM + channels[None, :]
     if is_packed:
-        norm = tl.load(key_norm_ptr + head * HEAD_DIM + channels)
-        center = tl.load(key_center_ptr + head * HEAD_DIM + channels)
         block += head * num_blocks
         tile = (block * HEAD_DIM + first_channel) // 32
+        first_out = (head * capacity + first_slot) * HEAD_DIM + first_channel
+        T: tl.constexpr = SLICE // 32
+        LENGTH: tl.constexpr = min(GROUP, 32)  # a group of 64 or 128 tokens covers several blocks: then one for all
 
-        codes = load_codes(k_codes_ptr + tile * (128 * K_BITS), 0, 128 * K_BITS, K_BITS, 1, SLICE // 32)
-        codes = tl.reshape(codes, [32, SLICE // GROUP, GROUP])
+        # All loads before the first store, which the compiler would not move them across.
+        k_codes = load_fours(k_codes_ptr + tile * (128 * K_BITS), 0, 128 * K_BITS, K_BITS, 1, T, True)
+        v_codes = load_fours(v_codes_ptr + tile * (128 * V_BITS), 128 * V_BITS, 0, V_BITS, T, 1, False)
         group = (block * HEAD_DIM + first_channel) // GROUP + tl.arange(0, SLICE // GROUP)
-        offsets = group[None, :] * 32 + rows[:, None]
-        scales = tl.load(k_scales_ptr + offsets)
-        zeros = load_zeros(k_zeros_ptr + offsets, scales, K_MODE)
-        keys = tl.reshape(dequantize_groups(codes, scales, zeros, K_MODE, K_CENTER), [32, SLICE])
-        keys = keys * norm[None, :] + center[None, :]
-        tl.store(keys_ptr + out, keys.to(keys_ptr.dtype.element_ty), mask=is_slot)
-
-        # A group of 64 or 128 tokens covers several blocks: then a block lies in one group.
-        LENGTH: tl.constexpr = min(GROUP, 32)
-        codes = load_codes(v_codes_ptr + tile * (128 * V_BITS), 128 * V_BITS, 0, V_BITS, SLICE // 32, 1)
-        codes = tl.reshape(codes, [SLICE, 32 // LENGTH, LENGTH])
+        offsets = group[None, :] * 32 + tl.arange(0, 32)[:, None]
+        k_scales = tl.load(k_scales_ptr + offsets)
+        k_zeros = load_zeros(k_zeros_ptr + offsets, k_scales, K_MODE)
         group = block * 32 // GROUP + tl.arange(0, 32 // LENGTH)
-        offsets = group[None, :] * HEAD_DIM + channels[:, None]
-        scales = tl.load(v_scales_ptr + offsets)
-        zeros = load_zeros(v_zeros_ptr + offsets, scales, V_MODE)
-        values = tl.reshape(dequantize_groups(codes, scales, zeros, V_MODE, V_CENTER), [SLICE, 32])
-        tl.store(values_ptr + tl.trans(out), values.to(values_ptr.dtype.element_ty), mask=tl.trans(is_slot))
+        offsets = group[None, :] * HEAD_DIM + first_channel + tl.arange(0, SLICE)[:, None]
+        v_scales = tl.load(v_scales_ptr + offsets)
+        v_zeros = load_zeros(v_zeros_ptr + offsets, v_scales, V_MODE)
+        norm = tl.load(key_norm_ptr + head * HEAD_DIM + first_channel + tl.arange(0, SLICE))
+        center = tl.load(key_center_ptr + head * HEAD_DIM + first_channel + tl.arange(0, SLICE))
+
+        codes = tl.reshape(k_codes, [32, SLICE // GROUP, GROUP // 4])
+        keys = keys_by_place(dequantize_groups(codes, k_scales, k_zeros, K_MODE, K_CENTER), T)
+        keys = rounded_product(keys, of_channels(norm, T)) + of_channels(center, T)
+        t, u, channel = key_places(T)
+        places = first_out + (t * HEAD_DIM + channel) + u * HEAD_DIM
+        tl.store(keys_ptr + places, tl.reshape(keys, [8, 128 * T]).to(keys_ptr.dtype.element_ty))
+
+        codes = tl.reshape(v_codes, [SLICE, 32 // LENGTH, LENGTH // 4])
+        values = values_by_place(dequantize_groups(codes, v_scales, v_zeros, V_MODE, V_CENTER), T, 1)
+        t, u, channel = value_places(T, 1)
+        places = first_out + (t * HEAD_DIM + channel) + u * HEAD_DIM
+        tl.store(values_ptr + places, values.to(values_ptr.dtype.element_ty))
     else:
+        rows = tl.arange(0, 32)
+        channels = first_channel + tl.arange(0, SLICE)
+        slot = first_slot + rows
+        is_slot = ((slot >= 0) & (slot < capacity))[:, None]
+        out = (head * capacity + slot)[:, None] * HEAD_DIM + channels[None, :]
         token = slot - pads
         is_held = ((token >= 0) & (slot < slots))[:, None]
         stored = window_slot(token, SINK, RING)
@@ -106,6 +122,6 @@ def dequantize_kv(*args: Any, launch: Launch = run) -> tuple[torch.Tensor, torch
     launch(
         dequantize_kv_kernel, grid, *state, keys, values, heads, state.k_codes.shape[2], capacity,
         HEAD_DIM=head_dim, SLICE=width, GROUP=config.group_size, SINK=config.sink, RING=config.ring,
-        **code_constants("K", config.key_spec), **code_constants("V", config.value_spec),
+        **code_constants("K", config.key_spec), **code_constants("V", config.value_spec), num_warps=warps_of(width),
     )  # fmt: skip
     return keys, values

@@ -49,6 +49,12 @@ def normalize(keys, center, norm):
 
 
 @triton.jit
+def rounded_product(x, y):
+    """``x * y``, rounded even where a sum follows and the compiler may fuse the two."""
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
 def divide_by_scales(x, scales):
     """``x / scales`` in float32, and 0 wherever the scale is 0.
 

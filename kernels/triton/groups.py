@@ -14,6 +14,7 @@ from innerq_compile.kernels.triton.division import divide_by_integer, divide_by_
 _FP32_MAX = tl.constexpr(3.4028234663852886e38)
 _FP16_MAX = tl.constexpr(65504.0)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves an integer, rounded half to even, in the low bits
+_TWO_23, _TWO_23_BITS = tl.constexpr(8388608.0), tl.constexpr(0x4B000000)
 _ROUND_IN_FOURS = tl.constexpr(0x4B400000 + 0x40000000 - 2**32)  # what it adds to a word of four codes
 
 
@@ -55,8 +56,8 @@ def quantize_groups(
 
 @triton.jit
 def dequantize_groups(codes, scales, zeros, MODE: tl.constexpr, CENTER: tl.constexpr):
-    """``x = s * (u - c0) + z``: codes int32 [X, G, g], scales and zeros float16 [X, G] to float32 [X, G, g]."""
-    u = codes.to(tl.float32)
+    """``x = s * (u - c0) + z``: codes in fours, int32 [X, G, g / 4], scales and zeros [X, G] to float32 [X, G, g]."""
+    u = _from_fours(codes)
     if MODE == 0:
         x = _per_group(scales) * (u - CENTER)
     elif MODE == 1:
@@ -112,6 +113,17 @@ def _in_fours(levels):
     G: tl.constexpr = levels.shape[1]
     bits = tl.reshape(levels.to(tl.int32, bitcast=True), [X, G, levels.shape[2] // 4, 4])
     return tl.sum(bits << (8 * tl.arange(0, 4)[None, None, None, :]), 3) - _ROUND_IN_FOURS
+
+
+@triton.jit
+def _from_fours(codes):
+    """Bytes of words, int32 [X, G, n], as float32 [X, G, 4 * n], by OR-ing them into the last bits of ``2**23``."""
+    X: tl.constexpr = codes.shape[0]
+    G: tl.constexpr = codes.shape[1]
+    N: tl.constexpr = codes.shape[2]
+    place = 8 * tl.arange(0, 4)[None, None, None, :]
+    bits = (tl.reshape(codes, [X, G, N, 1]) >> place) & 0xFF | _TWO_23_BITS
+    return tl.reshape(bits.to(tl.float32, bitcast=True) - _TWO_23, [X, G, 4 * N])
 
 
 @triton.jit

@@ -25,19 +25,28 @@ def window_slot(token, SINK: tl.constexpr, RING: tl.constexpr):
 @triton.jit
 def load_codes(tiles_ptr, stride_p, stride_t, BITS: tl.constexpr, P: tl.constexpr, T: tl.constexpr):
     """Codes int32 [32 * P, 32 * T] of P x T tiles; strides in bytes between tiles."""
-    if BITS == 3:
-        codes = _load_plane(tiles_ptr, stride_p, stride_t, 2, P, T)
-        codes |= _load_plane(tiles_ptr + 256, stride_p, stride_t, 1, P, T) << 2
-    else:
-        codes = _load_plane(tiles_ptr, stride_p, stride_t, BITS, P, T)
-    return tl.reshape(codes, [32 * P, 32 * T])
+    fours = tl.expand_dims(load_fours(tiles_ptr, stride_p, stride_t, BITS, P, T, True), 2)
+    return tl.reshape((fours >> (8 * tl.arange(0, 4)[None, None, :])) & 0xFF, [32 * P, 32 * T])
 
 
 @triton.jit
-def store_codes(
+def load_fours(
+    tiles_ptr, stride_p, stride_t, BITS: tl.constexpr, P: tl.constexpr, T: tl.constexpr, SPLIT_C: tl.constexpr
+):  # fmt: skip
+    """Codes in fours, int32 [32 * P, 8 * T], of P x T tiles; strides in bytes between tiles."""
+    if BITS == 3:
+        codes = _load_plane(tiles_ptr, stride_p, stride_t, 2, P, T, SPLIT_C)
+        codes |= _load_plane(tiles_ptr + 256, stride_p, stride_t, 1, P, T, SPLIT_C) << 2
+    else:
+        codes = _load_plane(tiles_ptr, stride_p, stride_t, BITS, P, T, SPLIT_C)
+    return tl.reshape(codes, [32 * P, 8 * T])
+
+
+@triton.jit
+def store_fours(
     tiles_ptr, stride_p, stride_t, codes, BITS: tl.constexpr, P: tl.constexpr, T: tl.constexpr, SPLIT_C: tl.constexpr
 ):  # fmt: skip
-    """Packs codes in fours, int32 [32 * P, 8 * T], into P x T tiles; the inverse of :func:`load_codes`."""
+    """Packs codes in fours, int32 [32 * P, 8 * T], into P x T tiles; the inverse of :func:`load_fours`."""
     codes = tl.reshape(codes, [P, 2, 16, T, 2, 2, 2])
     if BITS == 3:
         _store_plane(tiles_ptr, stride_p, stride_t, codes & 0x03030303, 2, P, T, SPLIT_C)
@@ -47,46 +56,81 @@ def store_codes(
 
 
 @triton.jit
-def _load_plane(tiles_ptr, stride_p, stride_t, WIDTH: tl.constexpr, P: tl.constexpr, T: tl.constexpr):
-    """Fields of the plane of this width, int32 [P, 2, 16, T, 2, 2, 2, 4]."""
-    packed = tl.load(tiles_ptr + _byte_offsets(stride_p, stride_t, WIDTH, P, T)).to(tl.int32)
-    fields = (packed >> _field_shifts(WIDTH)) & ((1 << WIDTH) - 1)
-    return tl.broadcast_to(fields, [P, 2, 16, T, 2, 2, 2, 4])
+def _load_plane(
+    tiles_ptr, stride_p, stride_t, WIDTH: tl.constexpr, P: tl.constexpr, T: tl.constexpr, SPLIT_C: tl.constexpr
+):  # fmt: skip
+    """Fields of the plane of this width, in fours: int32 [P, 2, 16, T, 2, 2, 2]."""
+    HALVES: tl.constexpr = 2 if WIDTH == 8 else 1
+    A: tl.constexpr = 2 if WIDTH >= 4 else 1
+    B: tl.constexpr = 2 if WIDTH >= 2 else 1
+    COLUMNS: tl.constexpr = A * B * HALVES
+    ptrs = _column_ptrs(tiles_ptr, stride_p, stride_t, HALVES, P, T, SPLIT_C)
+    if SPLIT_C:
+        words = _load_columns(ptrs, 16, 2 * COLUMNS)
+        words = tl.permute(tl.reshape(words, [T, P, 16, A, B, 2, HALVES]), [0, 1, 5, 2, 3, 4, 6])
+    elif HALVES == 2:
+        words = tl.join(_load_columns(ptrs, 64, COLUMNS // 2), _load_columns(ptrs + 16, 64, COLUMNS // 2))
+    else:
+        words = _load_columns(ptrs, 32, COLUMNS)
+    words = tl.permute(tl.reshape(words, [T, P, 2, 16, A, B, HALVES]), [1, 6, 3, 0, 4, 5, 2])
+    fields = (words >> _field_shifts(WIDTH)) & (0x01010101 * (2**WIDTH - 1) if WIDTH < 8 else -1)
+    return tl.broadcast_to(fields, [P, 2, 16, T, 2, 2, 2])
 
 
 @triton.jit
 def _store_plane(
     tiles_ptr, stride_p, stride_t, words, WIDTH: tl.constexpr, P: tl.constexpr, T: tl.constexpr, SPLIT_C: tl.constexpr
 ):  # fmt: skip
+    """Packs fields in fours, int32 [P, 2, 16, T, 2, 2, 2], each below ``2**WIDTH``."""
     HALVES: tl.constexpr = 2 if WIDTH == 8 else 1
     A: tl.constexpr = 2 if WIDTH >= 4 else 1
     B: tl.constexpr = 2 if WIDTH >= 2 else 1
-    words = words << tl.reshape(_field_shifts(WIDTH), [1, 3 - HALVES, 1, 1, 3 - A, 3 - B, 1])
+    COLUMNS: tl.constexpr = A * B * HALVES
+    words = words << _field_shifts(WIDTH)
     if WIDTH < 8:
         words = tl.sum(words, 1, keep_dims=True)
     if WIDTH < 4:
         words = tl.sum(words, 4, keep_dims=True)
     if WIDTH < 2:
         words = tl.sum(words, 5, keep_dims=True)
-    words_ptr = tiles_ptr.to(tl.pointer_type(tl.int32))
-    COLUMNS: tl.constexpr = A * B * HALVES
+    ptrs = _column_ptrs(tiles_ptr, stride_p, stride_t, HALVES, P, T, SPLIT_C)
     words = tl.permute(words, [3, 0, 6, 2, 4, 5, 1])  # t, p, c, row; a, b, half
     if SPLIT_C:
-        place = tl.arange(0, 16 * P * T)
-        tile = place // 16 % P * (stride_p // 4) + place // (16 * P) * (stride_t // 4)
         words = tl.reshape(tl.permute(words, [0, 1, 3, 4, 5, 2, 6]), [16 * P * T, 2 * COLUMNS])
-        _store_columns(words_ptr + (tile + place % 16), words, 16)
+        _store_columns(ptrs, words, 16)
+    elif HALVES == 2:
+        first, second = tl.split(tl.reshape(words, [32 * P * T, COLUMNS // 2, 2]))
+        _store_columns(ptrs, first, 64)
+        _store_columns(ptrs + 16, second, 64)
     else:
-        place = tl.arange(0, 32 * P * T)
-        tile = place // 32 % P * (stride_p // 4) + place // (32 * P) * (stride_t // 4)
-        words = tl.reshape(words, [32 * P * T, COLUMNS])
-        ptrs = words_ptr + (tile + place // 16 % 2 * (16 * HALVES) + place % 16)
-        if HALVES == 2:
-            first, second = tl.split(tl.reshape(words, [32 * P * T, COLUMNS // 2, 2]))
-            _store_columns(ptrs, first, 64)
-            _store_columns(ptrs + 16, second, 64)
-        else:
-            _store_columns(ptrs, words, 32)
+        _store_columns(ptrs, tl.reshape(words, [32 * P * T, COLUMNS]), 32)
+
+
+@triton.jit
+def _column_ptrs(
+    tiles_ptr, stride_p, stride_t, HALVES: tl.constexpr, P: tl.constexpr, T: tl.constexpr, SPLIT_C: tl.constexpr
+):  # fmt: skip
+    """Pointers to the words of a plane's first column, in order (t, p, row), or (t, p, c, row) if not SPLIT_C."""
+    words_ptr = tiles_ptr.to(tl.pointer_type(tl.int32))
+    WORDS: tl.constexpr = 16 if SPLIT_C else 32
+    place = tl.arange(0, WORDS * P * T)
+    tile = place // WORDS % P * (stride_p // 4) + place // (WORDS * P) * (stride_t // 4)
+    in_tile = place % 16
+    if not SPLIT_C:
+        in_tile += place // 16 % 2 * (16 * HALVES)
+    return words_ptr + (tile + in_tile)
+
+
+@triton.jit
+def _load_columns(ptrs, STRIDE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Words [n, COLUMNS] that :func:`_store_columns` stored."""
+    if COLUMNS == 1:
+        words = tl.expand_dims(tl.load(ptrs), 1)
+    else:
+        even = _load_columns(ptrs, 2 * STRIDE, COLUMNS // 2)
+        odd = _load_columns(ptrs + STRIDE, 2 * STRIDE, COLUMNS // 2)
+        words = tl.reshape(tl.join(even, odd), [ptrs.shape[0], COLUMNS])
+    return words
 
 
 @triton.jit
@@ -103,30 +147,12 @@ def _store_columns(ptrs, words, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def _byte_offsets(stride_p, stride_t, WIDTH: tl.constexpr, P: tl.constexpr, T: tl.constexpr):
-    """Offsets int64 of a plane's bytes; the axes whose fields share a byte have length 1."""
-    HALVES: tl.constexpr = 2 if WIDTH == 8 else 1
-    A: tl.constexpr = 2 if WIDTH >= 4 else 1
-    B: tl.constexpr = 2 if WIDTH >= 2 else 1
-    half = tl.arange(0, HALVES)[None, :, None, None, None, None, None, None]
-    row = tl.arange(0, 16)[None, None, :, None, None, None, None, None]
-    a = tl.arange(0, A)[None, None, None, None, :, None, None, None]
-    b = tl.arange(0, B)[None, None, None, None, None, :, None, None]
-    c = tl.arange(0, 2)[None, None, None, None, None, None, :, None]
-    i = tl.arange(0, 4)[None, None, None, None, None, None, None, :]
-    in_tile = (((((a * B + b) * 2 + c) * HALVES + half) * 16 + row) * 4) + i
-    p = tl.arange(0, P)[:, None, None, None, None, None, None, None].to(tl.int64)
-    t = tl.arange(0, T)[None, None, None, :, None, None, None, None].to(tl.int64)
-    return p * stride_p + t * stride_t + in_tile
-
-
-@triton.jit
 def _field_shifts(WIDTH: tl.constexpr):
-    """Right shift that brings each field down, over the axes that :func:`_byte_offsets` leaves at length 1."""
+    """Right shift that brings each field down, int32 [1, half, 1, 1, a, b, 1]; 1 long where a byte holds one field."""
     HALVES: tl.constexpr = 1 if WIDTH == 8 else 2
     A: tl.constexpr = 1 if WIDTH >= 4 else 2
     B: tl.constexpr = 1 if WIDTH >= 2 else 2
-    half = tl.arange(0, HALVES)[None, :, None, None, None, None, None, None]
-    a = tl.arange(0, A)[None, None, None, None, :, None, None, None]
-    b = tl.arange(0, B)[None, None, None, None, None, :, None, None]
+    half = tl.arange(0, HALVES)[None, :, None, None, None, None, None]
+    a = tl.arange(0, A)[None, None, None, None, :, None, None]
+    b = tl.arange(0, B)[None, None, None, None, None, :, None]
     return WIDTH * ((a * B + b) * HALVES + half)
