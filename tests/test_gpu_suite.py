@@ -69,6 +69,67 @@ def test_a_dry_result_is_not_rendered_and_a_measured_one_is(dry_record, suite, t
         assert text in shown
 
 
+def test_what_failed_is_rendered_beside_what_was_measured(suite, tmp_path):
+    case = {"q_heads": 32, "heads": 8, "head_dim": 128, "batch": 1, "context": 131072}
+    base = {**case, "way": "base", "us": 60.0, "share_of_ceiling": 0.55, "speedup": 2.5, "best_bf16": "cudnn stacked"}
+    base["goals"] = suite("goals").of_attention(base)["goals"]
+    tables = {
+        "environment": {"machine": [{"gpu": "H100", "torch": "2.11"}], "ceiling": [{"way": "r", "gb_per_s": 3.0}]},
+        "correctness": {"checks": [{"part": "int4", "op": "append_kv", "ok": ok} for ok in (True, False)]},
+        "gpu_tests": {"pytest": [{"part": "marked", "status": 1, "counts": {"failed": 2, "passed": 12}}]},
+        "decode": {
+            "attention": [base, {**case, "way": "cudnn stacked", "us": 150.0, "share_of_ceiling": 0.9},
+                          {**case, "context": 262144, "skipped": "out of time"}],
+            "broken": [{"case": "32/8/128/8/4096", "way": "int8"}],
+        },
+        "end_to_end": {"end_to_end": [{"model": "8b", "cache": "static", "batch": 8, "skipped": "does not fit"}]},
+    }  # fmt: skip
+    sections = {name: {"status": "ok", "processes": [], "tables": found} for name, found in tables.items()}
+    sections["decode"]["processes"] = [{"part": "mha", "status": "timeout", "seconds": 90}]
+    record = {"dry": False, "seconds": 1.0, "source": {"commit": "abc", "digest": "d"}, "sections": sections}
+    (tmp_path / "gpu-forged.json").write_text(json.dumps(record))
+    shown = suite("render").markdown(tmp_path)
+    for text in (
+        "1 of 2 comparisons", "Wrong: append_kv of int4.", "Tests (marked): 2 failed, 12 passed.",
+        "decode mha (timeout)", "int8 in 32/8/128/8/4096", "60.0 (2.50x; 55%)", "150.0 (cudnn stacked)",
+        "32/8/128x1x262144 (out of time)", "0 of 1", "not met", "commit abc",
+    ):  # fmt: skip
+        assert text in shown, text
+    assert "Whole models" not in shown
+    assert suite("summary").failed(record)
+
+
+def test_a_journal_leaves_out_what_ended_its_process(suite, tmp_path):
+    context = suite("context").Context(torch.device("cpu"), True, "", tmp_path / "rows", time.monotonic() + 60)
+    journal = suite("journal").Journal
+    first = journal(context)
+    first.begin("a", "base")
+    first.done("a")
+    first.begin("b", "int4")
+    second = journal(context)
+    assert second.has("a") and not second.has("b") and second.broken == {"int4"}
+    second.begin("b", "timing")
+    third = journal(context)
+    assert third.has("b") and third.broken == {"int4"}
+    assert journal(context).broken == {"int4"}, "what was noted once stays noted"
+
+
+def test_a_section_that_keeps_a_journal_is_started_again(suite, tmp_path, monkeypatch):
+    plan, schedule = suite("plan"), suite("schedule")
+    code = (
+        "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_text(p.read_text() + 'x' if p.exists() else 'x')"
+    )
+    code += "; sys.exit(p.read_text() != 'xx')"
+    command = [sys.executable, "-c", code, str(tmp_path / "starts")]
+    monkeypatch.setattr(schedule, "child_argv", lambda job, **_: command)
+    sections = [plan.Section("a", "", 50, resumes=True)]
+    run = schedule.Schedule(
+        sections, tmp_path, budget=60, dry=True, environment=dict(os.environ), flush=lambda found: None
+    )
+    (record,) = run.run()["a"]["processes"]
+    assert record["starts"] == 2 and record["status"] == "failed", "a crash is told even if the rest was measured"
+
+
 def run_job(suite, tmp_path, code, seconds=20.0):
     job = suite("jobs").Job("some", "part/1", tmp_path, seconds)
     job.start([sys.executable, "-c", code, str(job.rows), str(job.gate)], dict(os.environ))

@@ -1,4 +1,4 @@
-"""The suite's own Triton kernels compile for a GPU that is not here, without spilling a register."""
+"""The suite's kernels without a GPU: they compile for one and spill nothing, and nothing compiles while it measures."""
 
 import subprocess
 import sys
@@ -62,3 +62,56 @@ def test_kernels_compile_for_hopper(monkeypatch):
     assert len(lines) == 8
     for line in lines:
         assert "LOCAL:0" in line and "STACK:0" in line, line
+
+
+SPECIALISATIONS = """
+import sys
+sys.path += [sys.argv[1], sys.argv[2]]
+import torch
+from gpu_suite import decode
+from innerq_compile.config import InnerQConfig
+from innerq_compile.kernels.triton import decode_attention as launcher
+from innerq_compile.layout import allocate_state
+
+launcher._num_processors = lambda device: 132
+kernels = set()
+
+
+def record(kernel, grid, *args, **options):
+    found = [kernel.__name__]
+    for parameter, value in zip(kernel.params, [*args, *(options[p.name] for p in kernel.params[len(args):])]):
+        if parameter.is_constexpr:
+            found.append(value)
+        elif isinstance(value, torch.Tensor):
+            found.append(value.dtype)
+        elif isinstance(value, int) and not parameter.do_not_specialize:
+            found.append((value == 1, value % 16 == 0))
+    kernels.add(tuple(found))
+
+
+def call(case, preset):
+    config, capacity = InnerQConfig.from_preset(preset), case.context + decode.SPARE
+    shape = {"batch_size": case.batch, "num_kv_heads": case.heads, "head_dim": case.head_dim, "capacity": capacity}
+    state = allocate_state(config, **shape, dtype=torch.bfloat16, device="meta")
+    query = torch.empty(case.batch, case.q_heads, 1, case.head_dim, dtype=torch.bfloat16, device="meta")
+    launcher.decode_attention(query, *state, None, 0.1, capacity, config.spec, launch=record)
+
+
+for preset in decode.PRESETS:
+    for shape in (decode.GQA, decode.MHA):
+        call(decode.Case(*shape, *decode.WARMED), preset)
+warmed = set(kernels)
+for case in decode.CASES:
+    for preset in decode.PRESETS:
+        call(case, preset)
+assert kernels == warmed, kernels - warmed
+print(len(kernels))
+"""
+
+
+def test_every_measured_case_runs_the_kernels_that_were_compiled_ahead(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    command = [sys.executable, "-P", "-c", SPECIALISATIONS, str(SUITE.parent), str(SUITE.parent.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) == 2 * 4 + 1, "a kernel for each preset and number of query heads, and the merge"

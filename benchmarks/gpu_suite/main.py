@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
 
     The status is 1 when a section failed or its kernels were wrong; a section that ran out of time is no failure.
     """
-    args = _parse(argv)
+    began, args = time.monotonic(), _parse(argv)
     if args.child:
         _run_child(args)
         return 0
@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             from gpu_suite.schedule import Schedule
 
             schedule = Schedule(
-                sections, folder, budget=args.budget or plan.BUDGET, dry=dry, environment=_environment(folder),
-                flush=flush,
+                sections, folder, budget=(args.budget or plan.BUDGET) + began - time.monotonic(), dry=dry,
+                environment=_environment(folder), flush=flush,
             )  # fmt: skip
             results = schedule.run()
         record = flush(results, force=True)
@@ -132,6 +132,8 @@ def _environment(folder: Path) -> dict[str, str]:
     return {
         "TORCHINDUCTOR_COMPILE_THREADS": "4",
         "OMP_NUM_THREADS": "2",
+        # Triton's default; Inductor would have the processes that it runs in use another one.
+        "TRITON_CACHE_DIR": str(Path.home() / ".triton" / "cache"),
         **os.environ,
         "PYTHONPATH": path,
         "PYTHONUNBUFFERED": "1",

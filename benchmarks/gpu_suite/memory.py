@@ -33,7 +33,10 @@ def run(context: Context) -> None:
                     "fits", model=name, cache=cache, context=length, batch=batch, bytes_per_row=one,
                     weight_bytes=weights, usable_bytes=int(USABLE * total),
                 )  # fmt: skip
-    _try(context, total)
+    try:
+        _try(context, total)
+    except torch.cuda.OutOfMemoryError as error:
+        context.emit("failed", way="tried", reason=str(error)[:500])
 
 
 def _try(context: Context, total: int) -> None:

@@ -38,8 +38,32 @@ def provenance(record: dict[str, Any]) -> str:
 
 def tables(record: dict[str, Any]) -> str:
     """Every table that has rows, each under a line that says what it is."""
-    found = [make(record) for make in (attention, flex, goals, products, append, end_to_end, memory)]
+    found = [make(record) for make in (checks, attention, flex, goals, products, append, end_to_end, memory)]
     return "\n\n".join(table for table in found if table)
+
+
+def checks(record: dict[str, Any]) -> str:
+    """How many comparisons and tests held, and what broke or was cut short: what the tables below are worth."""
+    rows = _rows(record, "correctness", "checks")
+    wrong = [row for row in rows if not row["ok"]]
+    found = []
+    if rows:
+        kinds = sorted({f"{row['op']} of {row['part']}" for row in wrong})
+        found.append(f"{len(rows) - len(wrong)} of {len(rows)} comparisons of the kernels with the reference hold.")
+        found += [f"Wrong: {', '.join(kinds)}."] if wrong else []
+    for row in _rows(record, "gpu_tests", "pytest"):
+        counts = ", ".join(f"{number} {name}" for name, number in row["counts"].items())
+        found.append(f"Tests ({row['part']}): {counts or row['status']}.")
+    stopped = [
+        f"{name} {process.get('part', '')}".strip() + f" ({process['status']})"
+        for name, section in record["sections"].items()
+        for process in section.get("processes", [])
+        if process["status"] != "ok"
+    ]
+    found += [f"Broken or cut short: {', '.join(stopped)}."] if stopped else []
+    broken = [f"{row['way']} in {row['case']}" for name in record["sections"] for row in _rows(record, name, "broken")]
+    found += [f"Kernels that ended their process: {', '.join(broken)}."] if broken else []
+    return " ".join(found)
 
 
 def attention(record: dict[str, Any]) -> str:

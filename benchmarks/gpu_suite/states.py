@@ -37,8 +37,9 @@ def fill(state: LayerState, config: InnerQConfig, context: int) -> None:
         if name.endswith("_codes"):
             buffer.random_(0, 256)
         elif name.endswith("_scales"):
-            buffer.uniform_(0.1, 0.6)
-            if getattr(config, "key_mode" if name[0] == "k" else "value_mode") == "hybrid":
+            spec = config.key_spec if name[0] == "k" else config.value_spec
+            buffer.uniform_(0.35 / spec.symmetric_center, 2.1 / spec.symmetric_center)
+            if spec.mode == "hybrid":
                 chosen = torch.rand(buffer.shape, device=buffer.device, dtype=torch.float32) < ASYMMETRIC_SHARE
                 buffer.copy_(torch.where(chosen, -buffer, buffer))
         elif name.endswith(("_zeros", "_window")):
