@@ -52,7 +52,7 @@ def load_tokens(
     """
     num_stored = held_before - first_token
     is_stored = u < num_stored - t
-    stride = stride_m.to(tl.int64)
+    stride = tl.cast(stride_m, tl.int64)  # torch 2.11 analyses kernels with plain ints for their sizes
     new = new_ptr + (first_token + column) * stride + t * stride + u * stride
     x = tl.load(new + channels, mask=u >= num_stored - t, other=0.0)
     begin = (first_token - SINK) % RING
