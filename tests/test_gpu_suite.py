@@ -27,7 +27,7 @@ def suite():
 def dry_record(tmp_path_factory):
     out = tmp_path_factory.mktemp("dry")
     command = [sys.executable, str(SUITE), "--dry", "--in-process", "--out", str(out)]
-    done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads((out / "gpu-dry.json").read_text())
 

@@ -10,7 +10,7 @@ FUNCTIONS = {
     "decode": ("decode", "warm"), "flex": ("decode", "warm_flex"), "products": ("products", "warm"),
     "append": ("append", "warm"),
 }  # fmt: skip
-"""First word of a part -> module and function; the function finds the second word, a preset, in the context."""
+"""First word of a part of :data:`gpu_suite.plan.COMPILED` -> module and function, which reads the second itself."""
 
 
 def run(context: Context) -> None:

@@ -62,9 +62,21 @@ BROKEN = "GPU_SUITE_BROKEN"
 """Environment variable: presets whose checks ended their process, by commas. Their kernels would end others too."""
 
 
-def use_kernels(device: torch.device) -> None:
-    """Attaches the Triton kernels where they are what a user would run; elsewhere the ops keep the reference."""
-    if device.type == "cuda":
-        from innerq_compile.kernels import triton
+def use_kernels() -> None:
+    """Attaches the Triton kernels to the ops.
 
-        triton.register()
+    Raises:
+        RuntimeError: They cannot be used: the suite would check and measure the reference.
+    """
+    from innerq_compile.kernels import triton
+
+    if reason := triton.unavailable():
+        raise RuntimeError(reason)
+    triton.register()
+
+
+def use_interpreter() -> None:
+    """Has Triton's interpreter, which a dry run uses, do what the device does."""
+    from innerq_compile.kernels.triton import interpreter
+
+    interpreter.repair()

@@ -82,7 +82,7 @@ def setups(part: str, dry: bool) -> Iterator[Setup]:
         third = int(part.split()[1]) - 1
         for settings, shape in options[third : third + 1] if dry else options[third::3]:
             config = InnerQConfig(**settings)
-            yield Setup(config, *shape, dtype=torch.float32, calls=FEW if settings and not dry else ALL)
+            yield Setup(config, *shape, dtype=torch.float32, calls=ALL if dry else FEW if settings else SOME)
 
 
 def run(context: Context) -> None:
@@ -100,7 +100,6 @@ def run(context: Context) -> None:
 def kernel_of(context: Context, name: str) -> Callable[..., Any]:
     """The op; in the first part of a dry run its Triton launcher, where it has one, in Triton's interpreter."""
     if context.dry and context.part == "base" and name in triton.OPS:
-        import_module(f"{triton.__name__}.interpreter").repair()
         return getattr(import_module(f"{triton.__name__}.{name}"), name)
     return getattr(ops, name)
 

@@ -22,7 +22,6 @@ from transformers.cache_utils import Cache, StaticLayer
 from gpu_suite import models
 from gpu_suite.context import Context
 from gpu_suite.states import fill, set_context
-from innerq_compile import ops
 from innerq_compile.cache import InnerQCache
 
 WARM_UP, STEPS, ROUNDS = 5, 16, 3
@@ -102,17 +101,11 @@ def run(context: Context) -> None:
 def prepare(
     model: PreTrainedModel, step: Callable[..., Any], unit: Unit, device: torch.device, dry: bool
 ) -> None:  # fmt: skip
-    """Compiles a decode step and the attention kernel that it will launch; leaves the model without weights."""
+    """Compiles a decode step; leaves the model without weights."""
     cache = new_cache(model, unit, shared=True)
     hold(cache, unit.contexts[0])
     with contextlib.suppress(Prepared):
         _steps(step, cache, unit, unit.contexts[0], 1, device, dry)
-    if isinstance(cache, InnerQCache):
-        layer, config = cache.layers[0], model.config
-        shape = (unit.batch, config.num_attention_heads, 1, config.head_dim)
-        mask = torch.ones(unit.batch, 1, 1, layer.capacity, dtype=torch.bool, device=device)
-        query = torch.ones(shape, dtype=layer.dtype, device=device)
-        ops.decode_attention(query, *layer.state, mask, config.head_dim**-0.5, layer.capacity, layer.spec)
     cache = None
     gc.collect()
     models.drop_weights(model)

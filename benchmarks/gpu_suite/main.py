@@ -78,14 +78,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _run_child(args: argparse.Namespace) -> None:
     import torch
 
-    from gpu_suite.context import Context, use_kernels
+    from gpu_suite.context import Context, use_interpreter, use_kernels
 
     device = torch.device("cpu" if args.dry else "cuda")
     deadline = time.monotonic() + args.seconds
     context = Context(device, args.dry, args.part or "", args.rows, deadline, args.gate)
-    if not args.dry:
+    if args.dry:
+        use_interpreter()
+    else:
         torch.cuda.set_device(0)
-        use_kernels(device)
+        use_kernels()
     torch.manual_seed(0)
     importlib.import_module(f"gpu_suite.{args.child}").run(context)
 
@@ -96,9 +98,10 @@ def _run_in_process(sections: list[Any], folder: Path, flush: Callable[..., Any]
 
     import torch
 
-    from gpu_suite.context import Context
+    from gpu_suite.context import Context, use_interpreter
     from gpu_suite.jobs import read_rows
 
+    use_interpreter()
     results: dict[str, Any] = {}
     for section in sections:
         records, rows = [], folder / f"{section.name}.jsonl"

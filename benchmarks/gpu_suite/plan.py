@@ -57,37 +57,34 @@ DRY_PARTS = {
 }
 """What a dry run does instead."""
 
+CHECKED = (
+    "base", "small", "hybrid", "int4", "int8", "base/masks", "hybrid/masks", "asymmetric", "hybrid keys", "paper",
+    "shapes 1", "shapes 2", "shapes 3",
+)  # fmt: skip
+"""Parts of the comparison with the reference: presets, their 12 kinds of mask and query, other modes, other shapes."""
+
+COMPILED = (
+    "decode base", "decode small", "decode int4", "decode int8", "products 1", "products 4", "append", "flex",
+)  # fmt: skip
+"""What is compiled ahead: a table, and a preset of it or the queries a head."""
+
 SECTIONS = (
     Section("environment", "Machine and memory ceiling", 60),
     Section(
         "correctness",
         "Kernels against the reference",
         170,
-        parts=(
-            "base",
-            "small",
-            "hybrid",
-            "int4",
-            "int8",
-            "base/masks",
-            "hybrid/masks",
-            "asymmetric",
-            "hybrid keys",
-            "paper",
-            "shapes 1",
-            "shapes 2",
-            "shapes 3",
-        ),
+        parts=CHECKED,
         together=True,
-    ),  # fmt: skip
+    ),
     Section("gpu_tests", "The project's own tests", 170, parts=("marked", "kernels"), together=True, nice=5),
     Section(
         "compile_ahead",
         "Compilations that the tables would wait for",
         170,
-        parts=("decode base", "decode small", "decode int4", "decode int8", "products", "append", "flex"),
+        parts=COMPILED,
         together=True,
-    ),  # fmt: skip
+    ),
     Section("decode", "Decode attention of one layer", 90, least=60, parts=("gqa", "mha"), resumes=True),
     Section("products", "The paper's experiment: both products alone", 70, least=25, resumes=True),
     Section("append", "Append and prefill quantization", 30, least=10, resumes=True),
