@@ -25,7 +25,8 @@ BLOCKS_AT_ONCE = 4
 """Blocks that a program works on side by side: one per warp."""
 
 PROGRAMS_PER_PROCESSOR = 2
-"""What the registers of a multiprocessor hold: a thread takes about 240 (benchmarks/results/sass-*.json)."""
+"""With packed blocks. Registers and shared memory of a multiprocessor hold three of most kernels, so that what does not
+divide evenly begins at once too, and two of the others (benchmarks/results/sass-*.json)."""
 
 COMBINED_AT_ONCE = 16
 
@@ -100,9 +101,12 @@ def rows_per_program(num_rows: int, head_dim: int) -> int:
 
 
 def num_splits(num_programs: int, num_blocks: int, num_processors: int) -> int:
-    """Splits of the packed blocks: enough to fill the device once, none smaller than what a program takes at once."""
-    wanted = -(-num_processors * PROGRAMS_PER_PROCESSOR // num_programs)
-    return max(1, min(wanted, -(-num_blocks // BLOCKS_AT_ONCE)))
+    """Splits of the packed blocks: as near as can be to what the device does at once, no part less than a program does.
+
+    The nearest and not the next higher number: a few programs too many would wait for all the others to end.
+    """
+    places = -(-num_processors * PROGRAMS_PER_PROCESSOR * 15 // 16)  # the windows' programs want to begin too
+    return max(1, min((2 * places + num_programs) // (2 * num_programs), -(-num_blocks // BLOCKS_AT_ONCE)))
 
 
 @functools.lru_cache(maxsize=64)

@@ -57,9 +57,9 @@ def decode_attention_kernel(
     if MASK == _BOOLEAN:
         mask_ptr = mask_ptr.to(tl.pointer_type(tl.int8))
     split = tl.program_id(0)
+    # Numbers of heads, tokens and blocks fit 32 bits; divisions by sizes in 64 would be calls.
     head = tl.program_id(1).to(tl.int64)
-    batch = head // num_heads
-    # Numbers of tokens and blocks fit 32 bits; divisions by sizes in 64 would be calls that cost the loop registers.
+    batch = (tl.program_id(1) // num_heads).to(tl.int64)
     slots = tl.load(counts_ptr + batch * 3).to(tl.int32)
     pads = tl.load(counts_ptr + batch * 3 + 2).to(tl.int32)
     held = slots - pads
@@ -67,7 +67,7 @@ def decode_attention_kernel(
 
     rows = tl.program_id(2) * RT + tl.arange(0, RT)
     row_exists = rows < Q_PER_KV * Q_LEN
-    q_head = (head % num_heads) * Q_PER_KV
+    q_head = (tl.program_id(1) % num_heads).to(tl.int64) * Q_PER_KV
     query_rows = query_ptr + batch * stride_qb + (q_head + rows // Q_LEN) * stride_qh + rows % Q_LEN * stride_qm
     # A row sees the tokens below its end; a row that does not exist sees none.
     limit = tl.minimum(held, capacity - pads)
@@ -152,14 +152,15 @@ def _attend_packed(
     next_mask = _load_mask(SINK + first * 32, token, end, limit, mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED)
     # Stated at the loop, the number of stages also holds for loads that feed no product: the scales of the values.
     for i in tl.range(first, last, NB, num_stages=_stages(HEAD_DIM * (K_BITS + V_BITS), EXACT, ASM)):
-        # Blocks past the last are the last one again, and no row sees their tokens. (As a sum of i and something else
-        # the compiler would carry an address of its own for every load from iteration to iteration.)
+        # Blocks past the last are the last one again, and no row sees their tokens. Behind a minimum the compiler does
+        # not see i; as a sum with i, each of 17 addresses would be carried from iteration to iteration.
         block = tl.minimum(i + nb, last - 1).to(tl.int64)
         mask = next_mask
         if MASK != _CAUSAL:
             next_mask = _load_mask(
-                SINK + (i + NB) * 32, token, end, limit, mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED
-            )
+                SINK + tl.minimum(i + NB, last) * 32, token, end, limit, mask_ptr, mask_rows, stride_ms,
+                MASK, MASK_SHARED,
+            )  # fmt: skip
         words, high_words = operand_words(k_codes_ptr, block * K_WORDS, K_BITS)
         steps, constants = load_key_scales(k_scales_ptr, k_zeros_ptr, block, HEAD_DIM, GROUP, K_MODE, K_CENTER, NB)
         scores = tl.zeros([NB, 32, RT], tl.float32)
@@ -258,13 +259,14 @@ def _query_range(
     query_rows, norm_ptr, center_ptr, row_exists, HEAD_DIM: tl.constexpr, EXACT: tl.constexpr, RT: tl.constexpr
 ):
     """Largest magnitude of each row times key norm (1 where float32 needs no range), and the row times key center."""
-    peak = tl.zeros([RT], tl.float32)
-    center = tl.zeros([RT], tl.float32)
+    peaks = tl.zeros([32, RT], tl.float32)
+    centers = tl.zeros([32, RT], tl.float32)
     for t in tl.static_range(HEAD_DIM // 32):
         channels = t * 32 + tl.arange(0, 32)
         q = _load_query(query_rows, channels, row_exists)
-        peak = tl.maximum(peak, tl.max(tl.abs(q * tl.load(norm_ptr + channels)[:, None]), 0))
-        center += tl.sum(q * tl.load(center_ptr + channels)[:, None], 0)
+        peaks = tl.maximum(peaks, tl.abs(q * tl.load(norm_ptr + channels)[:, None]))
+        centers += q * tl.load(center_ptr + channels)[:, None]
+    peak, center = tl.max(peaks, 0), tl.sum(centers, 0)
     if EXACT:
         peak = tl.full([RT], 1.0, tl.float32)
     return tl.where(peak > 0, peak, 1.0), center
@@ -406,7 +408,7 @@ def combine_kernel(
     Grid (R, B * H), R = ``out_rows`` rows per key-value head. CHANNELS: HEAD_DIM, made a power of two.
     """
     head = tl.program_id(1).to(tl.int64)
-    blocks = tl.minimum(tl.load(counts_ptr + head // num_heads * 3 + 1).to(tl.int32) // 32, num_blocks)
+    blocks = tl.minimum(tl.load(counts_ptr + tl.program_id(1) // num_heads * 3 + 1).to(tl.int32) // 32, num_blocks)
     each = tl.cdiv(tl.cdiv(blocks, num_splits), NB) * NB
     all_splits = num_splits + num_window_splits
     used = tl.cdiv(blocks, tl.maximum(each, 1))
