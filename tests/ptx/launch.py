@@ -37,12 +37,15 @@ class PretendedDriver:
 class Emulator:
     """Compiles for one compute capability, and runs ``ctas`` programs at a time, last ones first every other launch.
 
-    Everything that hardware leaves open is taken as badly as it may be; see :class:`ptx.machine.Machine`.
+    Everything that hardware leaves open is taken as badly as it may be; see :class:`ptx.machine.Machine`. The
+    compiler's ``options`` come in place of those of a launch.
     """
 
-    def __init__(self, capability: int = 90, *, ctas: int = 64, **machine: Any) -> None:
+    def __init__(
+        self, capability: int = 90, *, ctas: int = 64, options: dict[str, Any] | None = None, **machine: Any
+    ) -> None:
         self.driver = PretendedDriver(capability)
-        self.ctas = ctas
+        self.ctas, self.options = ctas, options or {}
         self.machine = {"late_copies": True, "truncating": True, "rough": True, **machine}
         self.executed: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         self._backwards = False
@@ -52,7 +55,7 @@ class Emulator:
         compile_only = JITFunction.run
 
         def launch(kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> Any:
-            compiled = compile_only(kernel, *args, grid=grid, warmup=True, **options)
+            compiled = compile_only(kernel, *args, grid=grid, warmup=True, **{**options, **self.options})
             if not warmup:
                 values = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
                 dynamic = [values[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
