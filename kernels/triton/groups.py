@@ -80,7 +80,7 @@ def load_zeros(zeros_ptrs, scales, MODE: tl.constexpr):
 
 @triton.jit
 def _quantize_symmetric(x, CENTER: tl.constexpr, SPAN: tl.constexpr):
-    scales = _to_fp16(divide_by_integer(tl.max(tl.abs(x), 2), SPAN))
+    scales = _to_fp16(divide_by_integer(_tree_max(tl.abs(x)), SPAN))
     # The largest code is twice the center, and rounding a sum keeps order: clamping first does the same, in one
     # instruction where both ends have the same magnitude.
     return tl.clamp(divide_by_scales(x, _per_group(scales)), -CENTER, CENTER) + CENTER + _ROUND, scales
@@ -88,7 +88,7 @@ def _quantize_symmetric(x, CENTER: tl.constexpr, SPAN: tl.constexpr):
 
 @triton.jit
 def _quantize_asymmetric(x, MAX_CODE: tl.constexpr):
-    low, high = tl.min(x, 2), tl.max(x, 2)
+    low, high = -_tree_max(-x), _tree_max(x)
     zeros = _to_fp16(low)
     scales = _to_fp16(divide_by_integer(tl.minimum(high - low, _FP32_MAX), MAX_CODE * 1.0))
     u = divide_by_scales(x - _per_group(zeros), _per_group(scales))
@@ -124,6 +124,23 @@ def _from_fours(codes):
     place = 8 * tl.arange(0, 4)[None, None, None, :]
     bits = (tl.reshape(codes, [X, G, N, 1]) >> place) & 0xFF | _TWO_23_BITS
     return tl.reshape(bits.to(tl.float32, bitcast=True) - _TWO_23, [X, G, 4 * N])
+
+
+@triton.jit
+def _tree_max(x):
+    """Largest of the last axis (a power of two), by halving.
+
+    Where the lanes that share a group are not neighbours, as in the layouts that codes are packed from, Triton 3.6
+    shuffles between the wrong ones if it reduces the whole axis at once.
+    """
+    X: tl.constexpr = x.shape[0]
+    G: tl.constexpr = x.shape[1]
+    LENGTH: tl.constexpr = x.shape[2]
+    if LENGTH == 1:
+        largest = tl.reshape(x, [X, G])
+    else:
+        largest = _tree_max(tl.max(tl.reshape(x, [X, G, 2, LENGTH // 2]), 2))
+    return largest
 
 
 @triton.jit
