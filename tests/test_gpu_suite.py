@@ -130,6 +130,32 @@ def test_a_section_that_keeps_a_journal_is_started_again(suite, tmp_path, monkey
     assert record["starts"] == 2 and record["status"] == "failed", "a crash is told even if the rest was measured"
 
 
+HELD = """
+import json, pathlib, sys, time
+rows, gate = (pathlib.Path(path) for path in sys.argv[1:])
+gate.with_suffix('.ready').touch()
+while not gate.with_suffix('.go').exists():
+    time.sleep(0.01)
+began = time.time()
+time.sleep(0.2)
+rows.write_text(json.dumps({'table': 't', 'began': began, 'ended': time.time()}) + '\\n')
+"""
+
+
+def test_held_processes_prepare_together_and_measure_one_by_one(suite, tmp_path, monkeypatch):
+    plan, schedule = suite("plan"), suite("schedule")
+    monkeypatch.setattr(schedule, "HELD_AT_ONCE", 2)
+    monkeypatch.setattr(schedule, "child_argv", lambda job, **_: [sys.executable, "-c", HELD, job.rows, job.gate])
+    sections = [plan.Section("a", "", 50, parts=("1", "2", "3"), held=True, nice=1)]
+    run = schedule.Schedule(
+        sections, tmp_path, budget=60, dry=True, environment=dict(os.environ), flush=lambda found: None
+    )
+    found = run.run()["a"]
+    assert found["status"] == "ok", found
+    times = sorted((row["began"], row["ended"]) for row in found["tables"]["t"])
+    assert len(times) == 3 and all(times[i][1] <= times[i + 1][0] for i in range(2))
+
+
 def run_job(suite, tmp_path, code, seconds=20.0):
     job = suite("jobs").Job("some", "part/1", tmp_path, seconds)
     job.start([sys.executable, "-c", code, str(job.rows), str(job.gate)], dict(os.environ))

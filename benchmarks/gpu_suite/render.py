@@ -198,7 +198,9 @@ def end_to_end(record: dict[str, Any]) -> str:
             continue
         key = (f"Llama {row['model']}", row["batch"], row["context"])
         speeds.setdefault(key, {})[row["cache"]] = row["tokens_per_s"]
-        cells.setdefault(key, {})[row["cache"]] = f"{row['tokens_per_s']:.1f} ({row['peak_bytes'] / 1e9:.1f} GB)"
+        plain = ", no CUDA graph" if row.get("cudagraph_skips") else ""
+        cell = f"{row['tokens_per_s']:.1f} ({row['peak_bytes'] / 1e9:.1f} GB{plain})"
+        cells.setdefault(key, {})[row["cache"]] = cell
     lines = []
     for key in sorted(cells):
         ratio = speeds[key]["base"] / speeds[key]["static"] if {"base", "static"} <= speeds[key].keys() else None
