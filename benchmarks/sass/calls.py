@@ -16,7 +16,7 @@ from sass.compilation import TARGETS, Compiled, compile_for
 from sass.launches import HEADS, Specialisation, attention
 from sass.listing import Program
 from sass.machine import steps_of
-from sass.paths import Way, heaviest_way
+from sass.paths import Way, heaviest_way, without_idle_copies
 from sass.predict import resident_programs
 from sass.simulate import Multiprocessor
 
@@ -86,7 +86,8 @@ class DecodeAttention:
         merging = heaviest_way(_program(self.compiled_combine), -(-(splits + windows) // COMBINED_AT_ONCE))
         combine = sum(self._times(self.combine, merging, 1, 0))
         floor = 2 * HEADS * tokens * 128 * self.packed.read / hopper.BANDWIDTH * 1e6
-        return Call(splits, before, loop, after, end - before - loop - after, combine, floor)
+        last_wave = max(0.0, end - before - loop - after)
+        return Call(splits, before, loop, after, last_wave, combine, floor)
 
     def _times(self, item: Specialisation, way: Way, programs: int, trips: int) -> tuple[float, float, float]:
         """Microseconds before, in and after the loop, with that many programs on a multiprocessor."""
@@ -94,7 +95,7 @@ class DecodeAttention:
         first, last = way.loop
         every = range(len(way.instructions))
         in_cache = every if item is self.combine else [*every[:first], *every[last:]]
-        steps = steps_of(way.instructions, read=trips * item.codes * item.read / warps or None, cached=in_cache)
+        steps = steps_of(without_idle_copies(way), read=trips * item.codes * item.read / warps or None, cached=in_cache)
         machine = Multiprocessor(steps, warps, programs, self.latency)
         end = machine.run_once((first, last))
         begin, out = machine.passed[first], machine.passed[last]

@@ -35,6 +35,20 @@ def heaviest_way(program: Program, trips: int = 1) -> Way:
     return Way(tuple(program.instructions[index] for index in way), (begin, begin + len(all_trips)))
 
 
+def without_idle_copies(way: Way) -> tuple[Instruction, ...]:
+    """The instructions, those copies never executed that would fetch ahead what lies behind the loop's last trip.
+
+    As many as the copies before the loop: those fetch for the first trips what later each trip fetches for another.
+    """
+    copies = [index for index, each in enumerate(way.instructions) if each.base == "LDGSTS"]
+    ahead = sum(index < way.loop[0] for index in copies)
+    idle = set(copies[len(copies) - ahead :])
+    return tuple(
+        dataclasses.replace(each, guard="@!PT") if index in idle else each
+        for index, each in enumerate(way.instructions)
+    )
+
+
 def _longest(program: Program, avoided: range) -> list[int]:
     """Indices on the longest way to an exit that never goes back."""
     count = len(program.instructions)

@@ -12,7 +12,7 @@ from sass.machine import NEXT_PROGRAM, Step, steps_of
 from sass.paths import heaviest_way
 from sass.simulate import BYTES_PER_CYCLE, Multiprocessor, Run
 
-ITERATIONS, WARM_UP = 40, 8
+ITERATIONS, WARM_UP = 28, 8
 BUSY = 0.9
 """A unit that works for this share of the time is what limits a kernel."""
 

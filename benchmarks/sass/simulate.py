@@ -19,12 +19,12 @@ from sass.machine import HEAVY, ISSUE, LITE, MEMORY, UNITS, Step
 BYTES_PER_CYCLE = hopper.REACHED_BANDWIDTH / hopper.PROCESSORS / hopper.CLOCK
 """Of device memory, for one multiprocessor."""
 
-BURST_BYTES = 32768
+BURST_BYTES = 4096
 """What one multiprocessor may fetch ahead of its fair share of the bandwidth: the others do not all ask at the same
-moment, so that a burst after a pause is served at once; in the long run the share holds. 0 would serve every
-multiprocessor from a memory of its own, and 132 times less of it."""
+moment, so a burst after a pause is served sooner than a memory of its own with a 132nd of the bandwidth would. Chosen
+so that one multiprocessor comes within 7 points of what 16 reach that share one queue (benchmarks/LOG.md)."""
 
-STORES_IN_FLIGHT = 32768
+STORES_IN_FLIGHT = 4096
 """Bytes of stores that wait for device memory before the next one has to: rough; without stores it plays no role."""
 
 
