@@ -74,7 +74,7 @@ tables: $(STAMP) ## write the measured tables and the plot into the READMEs from
 matrix: $(STAMP) ## run a tiny model of every family, compiled and not, and renew the README's table
 	$(BIN)/python -P benchmarks/support_matrix.py --write
 
-sass: $(STAMP) ## compile the Triton kernels for four GPUs, without one, and count their instructions
+sass: $(STAMP) ## compile the Triton kernels for four GPUs, without one, count their instructions and model their speed
 	$(BIN)/python -P benchmarks/sass $(ARGS)
 
 # Slow: every launch of these tests is compiled for the GPU and emulated, instruction by instruction.

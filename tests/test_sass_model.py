@@ -179,3 +179,11 @@ def test_a_program_is_run_once_by_all_of_its_warps(sass):
     machine = sass("simulate").Multiprocessor(steps, warps=4, programs=1, latency=1000.0)
     assert machine.run_once({5}) == 9 * 4 + 1
     assert machine.passed == {5: 20}
+
+
+def test_copies_behind_the_last_trip_are_not_executed(sass):
+    listing, paths = sass("listing"), sass("paths")
+    copy = listing.Instruction("LDGSTS.E.64 [R1], [R2.64]")
+    way = paths.Way((copy, copy, *[listing.Instruction("FADD R1, R1, R1"), copy] * 5), loop=(2, 12))
+    guards = [each.guard for each in paths.without_idle_copies(way) if each.base == "LDGSTS"]
+    assert guards == [""] * 5 + ["@!PT"] * 2

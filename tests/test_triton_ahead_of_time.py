@@ -86,3 +86,26 @@ def test_a_regression_is_found(sass):
     worse = {"registers": 111, "spills": 4, "all": 2300.0, "share at 700 ns": 0.49}
     assert len(regressions({"kernel": worse}, before)) == 4
     assert "not recorded" in regressions({"new": {}}, before)[0]
+
+
+def test_programs_without_room_wait_for_the_first_to_end(sass):
+    assert sass("calls").schedule([3.0] * 4, room=4) == 3.0
+    assert sass("calls").schedule([3.0, 1.0, 3.0], room=2) == 4.0
+
+
+CALLS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from sass.calls import DecodeAttention
+attention = DecodeAttention("small", 700, {})
+short, long = attention.call(4096), attention.call(16384)
+assert short.before > 0 and short.after > 0 and short.combine > 0, short
+assert long.loop > 2 * short.loop, (short, long)
+assert 0.5 < long.before / short.before < 2, (short, long)
+assert 0 < long.floor < long.total, long
+"""
+
+
+def test_the_loop_of_decode_attention_grows_with_the_context():
+    done = run_compiler("-c", CALLS, str(SCRIPT.parent))
+    assert done.returncode == 0, done.stderr
