@@ -133,24 +133,32 @@ def _tree_max(x):
     Where the lanes that share a group are not neighbours, as in the layouts that codes are packed from, Triton 3.6
     shuffles between the wrong ones if it reduces the whole axis at once.
     """
-    X: tl.constexpr = x.shape[0]
-    G: tl.constexpr = x.shape[1]
     LENGTH: tl.constexpr = x.shape[2]
     if LENGTH == 1:
-        largest = tl.reshape(x, [X, G])
+        largest = tl.reshape(x, [x.shape[0], x.shape[1]])
+    elif LENGTH > 32:
+        low, high = _halves(x)
+        largest = _tree_max(tl.maximum(low, high))
     else:
-        largest = _tree_max(tl.max(tl.reshape(x, [X, G, 2, LENGTH // 2]), 2))
+        largest = _tree_max(tl.max(tl.reshape(x, [x.shape[0], x.shape[1], 2, LENGTH // 2]), 2))
     return largest
 
 
 @triton.jit
 def _tree_sum(x):
     """Sum over the last axis (a power of two) by halving, so that no reduction order of the compiler matters."""
-    X: tl.constexpr = x.shape[0]
-    G: tl.constexpr = x.shape[1]
     LENGTH: tl.constexpr = x.shape[2]
     if LENGTH == 1:
-        total = tl.reshape(x, [X, G])
+        total = tl.reshape(x, [x.shape[0], x.shape[1]])
+    elif LENGTH > 32:
+        low, high = _halves(x)
+        total = _tree_sum(low + high)
     else:
-        total = _tree_sum(tl.sum(tl.reshape(x, [X, G, 2, LENGTH // 2]), 2))
+        total = _tree_sum(tl.sum(tl.reshape(x, [x.shape[0], x.shape[1], 2, LENGTH // 2]), 2))
     return total
+
+
+@triton.jit
+def _halves(x):
+    """[X, G, L] in two; for long groups, which several warps share: Triton 3.6 reduces over those wrongly too."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], x.shape[1], 2, x.shape[2] // 2]), [0, 1, 3, 2]))
