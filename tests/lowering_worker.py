@@ -4,17 +4,20 @@ A process of its own: kernels must not be interpreted, and the stand-ins stay fo
 """
 
 import ast
+import contextlib
 import json
 import logging
 import re
 import sys
+import traceback
 import types
 
 import torch
 from stand_in_gpu import fake_model, pretend
 from torch._dynamo.utils import counters
 from torch._inductor import graph as inductor_graph
-from transformers import LlamaConfig
+from torch.overrides import TorchFunctionMode
+from transformers import LlamaConfig, StaticCache
 
 from innerq_compile import InnerQCache
 
@@ -96,6 +99,48 @@ def facts(code: str) -> dict:
     }
 
 
+class HostReads(TorchFunctionMode):
+    """Notes every call through which the host waits for a number of the device, and makes one up."""
+
+    NAMES = frozenset({"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[list[str]] = []
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        name = getattr(function, "__name__", "")
+        moved = name == "to" and "cpu" in map(str, (*arguments[1:], *keywords.values()))
+        if (name in self.NAMES or moved) and arguments[0].device.type == "cuda":
+            callers = [frame for frame in traceback.extract_stack()[:-1] if "/torch/" not in frame.filename]
+            self.steps[-1].append(callers[-1].filename)
+            if name == "__bool__":  # also what generate() asks to know whether it is done
+                return False
+            if name not in ("cpu", "to"):
+                return [0] * arguments[0].numel() if name == "tolist" else 0
+        return function(*arguments, **keywords)
+
+
+def host_reads(model, mode, cache, num_steps: int) -> list[list[str]]:
+    """Files that read from the device, for each call of the model that ``generate()`` makes."""
+    reads = HostReads()
+
+    def count(*_):
+        if len(reads.steps) == num_steps:
+            raise StopIteration
+        reads.steps.append([])
+
+    hook = model.register_forward_pre_hook(count)
+    reads.steps.append([])
+    with mode, torch.no_grad(), contextlib.suppress(StopIteration), reads:
+        ids = torch.zeros(2, PROMPT, dtype=torch.int64, device="cuda")
+        settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "disable_compile": True}
+        model.generate(ids, past_key_values=cache, max_new_tokens=PROMPT, **settings)
+    hook.remove()
+    return reads.steps
+
+
 def main() -> None:
     pretend()
     recorder = Recorder()
@@ -126,6 +171,9 @@ def main() -> None:
         found["generate"] = recorder.take()
         compiled()(tokens(1, PROMPT), past_key_values=empty)
         found["prefill"] = recorder.take()
+    caches = {"static": StaticCache(config=CONFIG, max_cache_len=CAPACITY)}
+    caches["packed"] = InnerQCache(CONFIG, max_cache_len=CAPACITY)
+    found["host reads"] = {name: host_reads(model, mode, cache, 4) for name, cache in caches.items()}
     json.dump(found, sys.stdout)
 
 

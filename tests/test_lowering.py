@@ -90,6 +90,14 @@ def test_a_compiled_prompt_appends_with_four_kernels_and_attends_to_what_is_exac
     assert lowered["prefill"]["as long as the cache"] == []
 
 
+def test_a_generated_token_reads_nothing_from_the_device_for_the_cache(lowered):
+    """generate() itself waits for the device once a token or so; a packed cache adds nothing to that."""
+    static, packed = (lowered["host reads"][name][2:] for name in ("static", "packed"))
+    assert len(packed) == 2
+    assert not [file for step in packed for file in step if "innerq_compile" in file]
+    assert list(map(len, packed)) == list(map(len, static))
+
+
 def test_no_kernel_ends_the_comment_in_which_a_package_quotes_it():
     """AOTInductor writes the source of each kernel into its C++ between /* and */."""
     folder = Path(__file__).resolve().parent.parent / "kernels" / "triton"
