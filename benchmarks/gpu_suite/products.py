@@ -14,7 +14,7 @@ import torch
 from gpu_suite import errors, product_launch, product_layouts
 from gpu_suite.context import Context
 from gpu_suite.environment import l2_bytes
-from gpu_suite.journal import TIMING, Journal
+from gpu_suite.journal import Journal
 from gpu_suite.product_layouts import LAYOUTS, Packed
 from gpu_suite.timing import Contender, copies_for, interleave
 from innerq_compile.config import BLOCK
@@ -73,8 +73,10 @@ def run(context: Context) -> None:
             else:
                 context.emit("wrong", **setting, way=name, error=way.error, budget=way.budget)
         contenders = {name: Contender(way.call, way.copies, way.bytes) for name, way in ways.items()}
-        journal.begin(case, TIMING)
-        timings = interleave(contenders, context.device, rounds=1 if context.dry else 7, failed=failed)
+        timings = interleave(
+            contenders, context.device, rounds=1 if context.dry else 7, failed=failed,
+            begin=lambda name, case=case: journal.begin(case, name),
+        )  # fmt: skip
         for name, timing in timings.items():
             row = {key: value for key, value in ways[name]._asdict().items() if key != "call"}
             context.emit("products", **setting, **row, **timing.row(ways[name].bytes))

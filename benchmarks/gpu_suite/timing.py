@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from gpu_suite.errors import raise_if_lost
+from gpu_suite.journal import TIMING
+
 GRAPH_MS = 2.0
 """A graph is made of so many calls that the launch of the graph itself is lost in it."""
 
@@ -57,21 +60,26 @@ class Timing:
 
 
 def interleave(
-    contenders: dict[str, Contender], device: torch.device, *, rounds: int = 11, failed: dict[str, str] | None = None
-) -> dict[str, Timing]:
+    contenders: dict[str, Contender], device: torch.device, *, rounds: int = 11, failed: dict[str, str] | None = None,
+    begin: Callable[[str], object] = lambda name: None,
+) -> dict[str, Timing]:  # fmt: skip
     """Times all contenders in turn, round after round.
 
     Args:
         failed: Gets the error of each contender that cannot be run; without it the first error is raised.
+        begin: Told each contender that runs alone for the first time, then :data:`~gpu_suite.journal.TIMING`.
     """
     ready: dict[str, tuple[Callable[[], None], int, bool]] = {}
     for name, contender in contenders.items():
+        begin(name)
         try:
             ready[name] = _prepare(contender, device)
         except Exception as error:
+            raise_if_lost(error)
             if failed is None:
                 raise
             failed[name] = f"{type(error).__name__}: {error}"[:500]
+    begin(TIMING)
     taken: dict[str, list[float]] = {name: [] for name in ready}
     for number in range(rounds + 1):
         for name, (run, calls, _) in ready.items():
