@@ -98,6 +98,7 @@ def _run_in_process(sections: list[Any], folder: Path, flush: Callable[..., Any]
 
     import torch
 
+    from gpu_suite import journal
     from gpu_suite.context import Context, use_interpreter
     from gpu_suite.jobs import read_rows
 
@@ -116,9 +117,8 @@ def _run_in_process(sections: list[Any], folder: Path, flush: Callable[..., Any]
             record = {"status": "failed" if error else "ok", "seconds": seconds, "part": part}
             records.append({**record, "error": error} if error else record)
         status = "failed" if any("error" in record for record in records) else "ok"
-        results[section.name] = {
-            "title": section.title, "status": status, "processes": records, "tables": read_rows(rows),
-        }  # fmt: skip
+        tables = {name: found for name, found in read_rows(rows).items() if name != journal.TABLE}
+        results[section.name] = {"title": section.title, "status": status, "processes": records, "tables": tables}
         flush(results)
     return results
 
