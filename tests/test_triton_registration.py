@@ -105,3 +105,67 @@ def test_a_graph_for_inductor_holds_the_kernels_and_what_they_write() -> None:
     assert done.stdout.splitlines() == [
         f"{written} v_window_ptr", "aten.new_empty.default", "aten.new_empty.default", "keys_ptr values_ptr"
     ]  # fmt: skip
+
+
+SYMBOLIC = """
+import torch, triton
+from torch._dynamo.backends.common import aot_autograd
+from triton.backends.compiler import GPUTarget
+from innerq_compile import ops
+from innerq_compile.config import InnerQConfig
+from innerq_compile.kernels import triton as kernels
+from innerq_compile.layout import allocate_state
+
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+triton.runtime.driver.set_active(Driver())
+kernels.is_on_gpu = lambda args: True
+kernels.register_decompositions()
+config, capacity = InnerQConfig(), 1024
+
+
+def step(query, key, value, mask, *state):
+    ops.append_kv(key, value, *state, capacity, config.spec)
+    return ops.decode_attention(query, *state, mask, 0.125, capacity, config.spec)
+
+
+class Seen(BaseException):
+    pass
+
+
+def show(gm, inputs):
+    for node in gm.graph.nodes:
+        if "triton_kernel_wrapper" in str(node.target):
+            print(*sorted(node.kwargs["tensors_to_clone"]))
+            assert not isinstance(node.kwargs["grid"][0][1], int)
+    raise Seen
+
+
+state = allocate_state(config, batch_size=2, num_kv_heads=2, head_dim=64, capacity=capacity, dtype=torch.bfloat16,
+                       device="cpu")
+inputs = [torch.empty(2, heads, 1, 64, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+inputs += [torch.ones(2, 1, 1, capacity, dtype=torch.bool), *state]
+for tensor in inputs:
+    if tensor.dim() > 1:
+        torch._dynamo.mark_dynamic(tensor, 0)
+try:
+    with torch.no_grad():
+        torch.compile(step, backend=aot_autograd(fw_compiler=show), fullgraph=True)(*inputs)
+except Seen:
+    pass
+"""
+
+
+def test_one_graph_of_kernels_serves_every_batch_size() -> None:
+    """What torch makes of a second batch size in a process: sizes are symbols, also to the launchers."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-P", "-c", SYMBOLIC], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    append, attention, combine = done.stdout.splitlines()
+    assert "k_codes_ptr" in append
+    assert (attention, combine) == ("stats_ptr sums_ptr", "out_ptr")

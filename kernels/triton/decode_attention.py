@@ -124,9 +124,8 @@ def _has_native_dot(query: torch.Tensor) -> bool:
     return query.device.type == "cuda" and query.dtype != torch.float32
 
 
-@functools.lru_cache(maxsize=1024)
 def _check_query(query: torch.Size, window: torch.Size) -> None:
-    """Cached, because a refusal is not: the same good shapes come at every step."""
+    """Not cached: sizes are symbols, which have no hash, where a graph serves several batch sizes."""
     batch, heads, _, head_dim = window
     if len(query) != 4 or query[0] != batch or query[3] != head_dim or query[1] % heads:
         raise ValueError(
