@@ -28,7 +28,7 @@ PROGRAMS_PER_PROCESSOR = 2
 """With packed blocks. Registers and shared memory of a multiprocessor hold three of most kernels, so that what does not
 divide evenly begins at once too, and two of the others (benchmarks/results/sass-*.json)."""
 
-COMBINED_AT_ONCE = 16
+COMBINED_AT_ONCE = 32
 
 NUM_BUFFERS = len(LayerState._fields)
 
