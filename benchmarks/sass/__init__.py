@@ -7,5 +7,6 @@
 
 ``launches`` says what is compiled, ``compilation`` compiles it, ``listing`` reads the disassembly, ``counts`` counts
 instructions; ``hopper`` holds what is known about the device, ``machine`` what each instruction costs there,
-``simulate`` runs a loop on one multiprocessor, and ``predict`` says what follows.
+``paths`` finds what a program runs, ``simulate`` runs it on one multiprocessor, ``predict`` says what follows for loops
+and ``calls`` for whole calls of decode attention (``--calls base``).
 """
