@@ -20,7 +20,7 @@ import triton.language as tl
 
 from innerq_compile import ops
 from innerq_compile.config import BLOCK, ROPE_PAIRS
-from innerq_compile.kernels.triton.blocks import plan_row, quantize_keys, quantize_values
+from innerq_compile.kernels.triton.blocks import load_values, plan_row, quantize_keys, quantize_values
 from innerq_compile.kernels.triton.key_norm import (
     center_and_norm,
     find_range,
@@ -74,13 +74,22 @@ def quantize_unit(
     first_token, block, first_channel, held_before, column,
     k_codes_ptr, k_scales_ptr, k_zeros_ptr, k_window_ptr, v_codes_ptr, v_scales_ptr, v_zeros_ptr, v_window_ptr,
     HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    NORMALIZE: tl.constexpr, VALUES_FIRST: tl.constexpr,
     K_BITS: tl.constexpr, K_MODE: tl.constexpr, K_CENTER: tl.constexpr,
     K_SPAN: tl.constexpr, K_ASYM_MAX_CODE: tl.constexpr,
     V_BITS: tl.constexpr, V_MODE: tl.constexpr, V_CENTER: tl.constexpr,
     V_SPAN: tl.constexpr, V_ASYM_MAX_CODE: tl.constexpr,
 ):  # fmt: skip
-    """Quantizes keys and values of max(32, GROUP) tokens of a head into the blocks from ``block`` on."""
+    """Quantizes keys and values of max(32, GROUP) tokens of a head into the blocks from ``block`` on.
+
+    ``VALUES_FIRST`` asks for the values before the keys are stored, which the compiler does not by itself. It takes up
+    to 40 registers.
+    """
+    if VALUES_FIRST:
+        values = load_values(
+            value_ptr, stride_vm, v_window_ptr, first_token, first_channel, held_before, column,
+            HEAD_DIM, SLICE, GROUP, SINK, RING,
+        )  # fmt: skip
     for i in range(max(GROUP, 32) // 32):
         quantize_keys(
             key_ptr, stride_km, k_window_ptr, k_codes_ptr, k_scales_ptr, k_zeros_ptr, center, norm,
@@ -88,9 +97,13 @@ def quantize_unit(
             HEAD_DIM, SLICE, GROUP, SINK, RING, NORMALIZE,
             K_BITS, K_MODE, K_CENTER, K_SPAN, K_ASYM_MAX_CODE,
         )  # fmt: skip
+    if not VALUES_FIRST:
+        values = load_values(
+            value_ptr, stride_vm, v_window_ptr, first_token, first_channel, held_before, column,
+            HEAD_DIM, SLICE, GROUP, SINK, RING,
+        )  # fmt: skip
     quantize_values(
-        value_ptr, stride_vm, v_window_ptr, v_codes_ptr, v_scales_ptr, v_zeros_ptr,
-        first_token, block, first_channel, held_before, column, HEAD_DIM, SLICE, GROUP, SINK, RING,
+        values, v_codes_ptr, v_scales_ptr, v_zeros_ptr, block, first_channel, HEAD_DIM, SLICE, GROUP,
         V_BITS, V_MODE, V_CENTER, V_SPAN, V_ASYM_MAX_CODE,
     )  # fmt: skip
 
@@ -119,9 +132,11 @@ def append_step_kernel(
     value_ptr += batch * stride_vb + head % num_heads * stride_vh
     k_window_ptr += head * (SINK + RING) * HEAD_DIM
     v_window_ptr += head * (SINK + RING) * HEAD_DIM
-    held_before, held, column, first_token, leaving = plan_row(counts_ptr, num_new, capacity, SINK, RECENT, FLUSH)
     first_channel = tl.program_id(0) * SLICE
     channels = first_channel + tl.arange(0, SLICE)
+    if ROWS == 1:  # the one token of a decode step is asked for before the counts say where it goes
+        only_key, only_value = tl.load(key_ptr + channels), tl.load(value_ptr + channels)
+    held_before, held, column, first_token, leaving = plan_row(counts_ptr, num_new, capacity, SINK, RECENT, FLUSH)
 
     if leaving > 0:
         norm_ptrs = key_norm_ptr + head * HEAD_DIM + channels
@@ -149,22 +164,29 @@ def append_step_kernel(
                 first_token + i * UNIT, block + i * (UNIT // 32), first_channel, held_before, column,
                 k_codes_ptr, k_scales_ptr, k_zeros_ptr, k_window_ptr,
                 v_codes_ptr, v_scales_ptr, v_zeros_ptr, v_window_ptr,
-                HEAD_DIM, SLICE, GROUP, SINK, RING, NORMALIZE,
+                HEAD_DIM, SLICE, GROUP, SINK, RING, NORMALIZE, False,
                 K_BITS, K_MODE, K_CENTER, K_SPAN, K_ASYM_MAX_CODE,
                 V_BITS, V_MODE, V_CENTER, V_SPAN, V_ASYM_MAX_CODE,
             )  # fmt: skip
         tl.debug_barrier()  # what leaves has been read before it is overwritten
 
-    for first_row in range(0, num_new, ROWS):
-        row = first_row + tl.arange(0, ROWS)
-        token = row - column
-        is_kept = ((token >= 0) & (token < held))[:, None]
-        slot = window_slot(token, SINK, RING)[:, None] * HEAD_DIM + channels[None, :]
-        row = row.to(tl.int64)[:, None]
-        key = tl.load(key_ptr + row * stride_km + channels[None, :], mask=is_kept)
-        tl.store(k_window_ptr + slot, key, mask=is_kept)
-        value = tl.load(value_ptr + row * stride_vm + channels[None, :], mask=is_kept)
-        tl.store(v_window_ptr + slot, value, mask=is_kept)
+    if ROWS == 1:
+        token = tl.zeros_like(channels) - column
+        is_kept = (token >= 0) & (token < held)
+        slot = window_slot(token, SINK, RING) * HEAD_DIM + channels
+        tl.store(k_window_ptr + slot, only_key, mask=is_kept)
+        tl.store(v_window_ptr + slot, only_value, mask=is_kept)
+    else:
+        for first_row in range(0, num_new, ROWS):
+            row = first_row + tl.arange(0, ROWS)
+            token = row - column
+            is_kept = ((token >= 0) & (token < held))[:, None]
+            slot = window_slot(token, SINK, RING)[:, None] * HEAD_DIM + channels[None, :]
+            row = row.to(tl.int64)[:, None]
+            key = tl.load(key_ptr + row * stride_km + channels[None, :], mask=is_kept)
+            value = tl.load(value_ptr + row * stride_vm + channels[None, :], mask=is_kept)
+            tl.store(k_window_ptr + slot, key, mask=is_kept)
+            tl.store(v_window_ptr + slot, value, mask=is_kept)
     quantized = first_token - SINK + leaving
     advance_counts(counts_ptr, num_new, capacity, column, quantized, tl.num_programs(0) * num_heads)
 
@@ -203,7 +225,7 @@ def quantize_kernel(
             held_before, column,
             k_codes_ptr, k_scales_ptr, k_zeros_ptr, k_window_ptr + head * (SINK + RING) * HEAD_DIM,
             v_codes_ptr, v_scales_ptr, v_zeros_ptr, v_window_ptr + head * (SINK + RING) * HEAD_DIM,
-            HEAD_DIM, SLICE, GROUP, SINK, RING, NORMALIZE,
+            HEAD_DIM, SLICE, GROUP, SINK, RING, NORMALIZE, True,
             K_BITS, K_MODE, K_CENTER, K_SPAN, K_ASYM_MAX_CODE,
             V_BITS, V_MODE, V_CENTER, V_SPAN, V_ASYM_MAX_CODE,
         )  # fmt: skip

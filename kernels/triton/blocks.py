@@ -100,10 +100,23 @@ def quantize_keys(
 
 
 @triton.jit
-def quantize_values(
-    new_ptr, stride_m, window_ptr, codes_ptr, scales_ptr, zeros_ptr,
-    first_token, block, first_channel, held_before, column,
+def load_values(
+    new_ptr, stride_m, window_ptr, first_token, first_channel, held_before, column,
     HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr,
+):  # fmt: skip
+    """What :func:`quantize_values` quantizes, float32 [32, SLICE * max(1, GROUP / 32)]."""
+    UNIT: tl.constexpr = max(GROUP, 32)
+    t, u, channels = value_places(SLICE // 32, UNIT // 32)
+    return load_tokens(
+        new_ptr, stride_m, window_ptr, first_token, t, u, first_channel + channels, held_before, column,
+        HEAD_DIM, SINK, RING, UNIT,
+    )  # fmt: skip
+
+
+@triton.jit
+def quantize_values(
+    x, codes_ptr, scales_ptr, zeros_ptr, block, first_channel,
+    HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
     BITS: tl.constexpr, MODE: tl.constexpr, CENTER: tl.constexpr,
     SPAN: tl.constexpr, ASYM_MAX_CODE: tl.constexpr,
 ):  # fmt: skip
@@ -111,11 +124,6 @@ def quantize_values(
     UNIT: tl.constexpr = max(GROUP, 32)
     P: tl.constexpr = SLICE // 32
     T: tl.constexpr = UNIT // 32
-    t, u, channels = value_places(P, T)
-    x = load_tokens(
-        new_ptr, stride_m, window_ptr, first_token, t, u, first_channel + channels, held_before, column,
-        HEAD_DIM, SINK, RING, UNIT,
-    )  # fmt: skip
     x = values_by_channel(x, P, T)
     codes, scales, zeros = quantize_groups(
         tl.reshape(x, [SLICE, UNIT // GROUP, GROUP]), MODE, CENTER, SPAN, ASYM_MAX_CODE

@@ -34,23 +34,23 @@ def quantize_groups(
     """
     x = tl.where(is_finite(x), x, 0.0)
     if MODE == 0:
-        levels, scales = _quantize_symmetric(x, CENTER, SPAN)
+        levels, scales = _quantize_symmetric(x, _tree_max(tl.abs(x)), CENTER, SPAN)
         zeros = scales
         codes = _in_fours(levels)
-    elif MODE == 1:
-        levels, scales, zeros = _quantize_asymmetric(x, ASYM_MAX_CODE)
-        codes = _in_fours(levels)
     else:
-        levels, scales = _quantize_symmetric(x, CENTER, SPAN)
+        low, high = -_tree_max(-x), _tree_max(x)
+        levels, scales, zeros = _quantize_asymmetric(x, low, high, ASYM_MAX_CODE)
         codes = _in_fours(levels)
-        error = _tree_sum(tl.abs(x - _per_group(scales) * (levels - _ROUND - CENTER)))
-        levels, asym_scales, zeros = _quantize_asymmetric(x, ASYM_MAX_CODE)
-        asym_error = x - (_per_group(asym_scales) * (levels - _ROUND) + _per_group(zeros))
-        symmetric = error < _tree_sum(tl.abs(asym_error))
-        codes = tl.where(tl.expand_dims(symmetric, 2), codes, _in_fours(levels))
-        negated = (asym_scales.to(tl.int16, bitcast=True) | -32768).to(tl.float16, bitcast=True)
-        scales = tl.where(symmetric, scales, negated)
-        zeros = tl.where(symmetric, 0.0, zeros)
+        if MODE == 2:
+            decoded = tl.fma(_per_group(scales), levels - _ROUND, _per_group(zeros))
+            asym_error = _tree_sum(tl.abs(x - decoded))
+            levels, sym_scales = _quantize_symmetric(x, tl.maximum(high, -low), CENTER, SPAN)
+            sym_error = _tree_sum(tl.abs(tl.fma(-_per_group(sym_scales), levels - _ROUND - CENTER, x)))
+            symmetric = sym_error < asym_error
+            codes = tl.where(tl.expand_dims(symmetric, 2), _in_fours(levels), codes)
+            negated = (scales.to(tl.int16, bitcast=True) | -32768).to(tl.float16, bitcast=True)
+            scales = tl.where(symmetric, sym_scales, negated)
+            zeros = tl.where(symmetric, 0.0, zeros)
     return codes, scales, zeros
 
 
@@ -79,16 +79,15 @@ def load_zeros(zeros_ptrs, scales, MODE: tl.constexpr):
 
 
 @triton.jit
-def _quantize_symmetric(x, CENTER: tl.constexpr, SPAN: tl.constexpr):
-    scales = _to_fp16(divide_by_integer(_tree_max(tl.abs(x)), SPAN))
+def _quantize_symmetric(x, magnitude, CENTER: tl.constexpr, SPAN: tl.constexpr):
+    scales = _to_fp16(divide_by_integer(magnitude, SPAN))
     # The largest code is twice the center, and rounding a sum keeps order: clamping first does the same, in one
     # instruction where both ends have the same magnitude.
     return tl.clamp(divide_by_scales(x, _per_group(scales)), -CENTER, CENTER) + CENTER + _ROUND, scales
 
 
 @triton.jit
-def _quantize_asymmetric(x, MAX_CODE: tl.constexpr):
-    low, high = -_tree_max(-x), _tree_max(x)
+def _quantize_asymmetric(x, low, high, MAX_CODE: tl.constexpr):
     zeros = _to_fp16(low)
     scales = _to_fp16(divide_by_integer(tl.minimum(high - low, _FP32_MAX), MAX_CODE * 1.0))
     u = divide_by_scales(x - _per_group(zeros), _per_group(scales))
@@ -112,7 +111,8 @@ def _in_fours(levels):
     X: tl.constexpr = levels.shape[0]
     G: tl.constexpr = levels.shape[1]
     bits = tl.reshape(levels.to(tl.int32, bitcast=True), [X, G, levels.shape[2] // 4, 4])
-    return tl.sum(bits << (8 * tl.arange(0, 4)[None, None, None, :]), 3) - _ROUND_IN_FOURS
+    halves = tl.reshape(bits << (8 * tl.arange(0, 4)[None, None, None, :]), [X, G, levels.shape[2] // 4, 2, 2])
+    return tl.sum(tl.sum(halves, 4), 3) - _ROUND_IN_FOURS  # by halving, as in _tree_max
 
 
 @triton.jit
