@@ -39,15 +39,17 @@ def quantize_groups(
         codes = _in_fours(levels)
     else:
         low, high = -_tree_max(-x), _tree_max(x)
-        levels, scales, zeros = _quantize_asymmetric(x, low, high, ASYM_MAX_CODE)
-        codes = _in_fours(levels)
-        if MODE == 2:
-            decoded = tl.fma(_per_group(scales), levels - _ROUND, _per_group(zeros))
-            asym_error = _tree_sum(tl.abs(x - decoded))
+        if MODE == 1:
+            levels, scales, zeros = _quantize_asymmetric(x, low, high, ASYM_MAX_CODE)
+            codes = _in_fours(levels)
+        else:
             levels, sym_scales = _quantize_symmetric(x, tl.maximum(high, -low), CENTER, SPAN)
+            codes = _in_fours(levels)
             sym_error = _tree_sum(tl.abs(tl.fma(-_per_group(sym_scales), levels - _ROUND - CENTER, x)))
-            symmetric = sym_error < asym_error
-            codes = tl.where(tl.expand_dims(symmetric, 2), _in_fours(levels), codes)
+            levels, scales, zeros = _quantize_asymmetric(x, low, high, ASYM_MAX_CODE)
+            decoded = tl.fma(_per_group(scales), levels - _ROUND, _per_group(zeros))
+            symmetric = sym_error < _tree_sum(tl.abs(x - decoded))
+            codes = tl.where(tl.expand_dims(symmetric, 2), codes, _in_fours(levels))
             negated = (scales.to(tl.int16, bitcast=True) | -32768).to(tl.float16, bitcast=True)
             scales = tl.where(symmetric, sym_scales, negated)
             zeros = tl.where(symmetric, 0.0, zeros)
