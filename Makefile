@@ -20,11 +20,13 @@ TEST_THREADS ?= 1
 # What `make emulate` compiles for: "80", "90", or with ",races" to watch for missing barriers.
 CAPABILITY ?= 90
 
-# The lower bound that pyproject.toml gives, and the tests that depend on it.
+# The oldest transformers that pyproject.toml allows, the Triton of the oldest torch, and the tests that depend on them.
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).0
-OLDEST_FOLDER := $(VENV)/transformers-$(OLDEST)
+OLDEST_TRITON := 3.6.0
+OLDEST_FOLDER := $(VENV)/transformers-$(OLDEST)-triton-$(OLDEST_TRITON)
 OLDEST_TESTS := $(addprefix tests/test_, backend.py cache.py generation.py padding.py passes.py storage.py \
-	support_matrix.py tensor_parallel.py ways_in.py fold_key_norm.py)
+	support_matrix.py tensor_parallel.py ways_in.py fold_key_norm.py triton_kernels.py triton_attention.py \
+	triton_division.py triton_tiles.py triton_registration.py lowering.py ptx_emulator.py)
 
 .PHONY: help venv demo test sanitize matrix soak oldest rivals gpu sass emulate tables check format wheel clean
 
@@ -85,9 +87,10 @@ emulate: $(STAMP) ## run the Triton kernels' tests as code compiled for an H100,
 soak: $(STAMP) ## generate 20,000 tokens: constant memory, no recompile, the cache equal to the reference
 	$(BIN)/python -P benchmarks/soak.py $(ARGS)
 
-# Only transformers is another one; it lies in a folder of its own, in front of the environment's.
-oldest: $(STAMP) ## run the tests that touch transformers with the oldest supported version of it
-	test -d $(OLDEST_FOLDER) || $(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST_FOLDER) transformers==$(OLDEST)
+# Both lie in a folder of their own, in front of the environment's.
+oldest: $(STAMP) ## run the tests that touch transformers or Triton with the oldest supported versions of them
+	test -d $(OLDEST_FOLDER) || $(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST_FOLDER) \
+	transformers==$(OLDEST) triton==$(OLDEST_TRITON)
 	PYTHONPATH=$(OLDEST_FOLDER) OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -P -m pytest -n $(TEST_PROCESSES) \
 	$(OLDEST_TESTS) $(ARGS)
 
