@@ -233,8 +233,11 @@ def test_rows_of_different_length_and_a_cache_that_is_mostly_empty():
     check_attention(config, state, queries(2, 2, 1, 32), capacity=capacity, paths=(False,))
 
 
+@pytest.mark.skipif("races" in os.environ.get("INNERQ_EMULATE", ""), reason="a record of every byte does not fit")
 def test_no_32_bit_offset_stands_in_the_way():
-    """The second head's codes lie past byte 2**32. The buffers are never touched, so they take no memory."""
+    """The second head's codes lie past byte 2**32. The buffers are never touched: on a CPU they take no memory."""
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("takes 20 GB, and the GPU may be needed by others")
     config, capacity = InnerQConfig(), 400
     small = filled_state(config, capacity, heads=2, batch=1)
     blocks, blocks_used = 2**32 // 384 + 8, small.k_codes.shape[2]

@@ -5,6 +5,7 @@ On a GPU the kernels run there; elsewhere Triton's interpreter runs them on CPU 
 
 import itertools
 import mmap
+import os
 import random
 import sys
 
@@ -240,6 +241,7 @@ def sparse(shape, dtype):
     return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=dtype).reshape(shape)
 
 
+@pytest.mark.skipif("races" in os.environ.get("INNERQ_EMULATE", ""), reason="a record of every byte does not fit")
 @pytest.mark.skipif(ON_GPU or sys.platform != "linux", reason="needs address space without memory behind it")
 def test_offsets_beyond_32_bits() -> None:
     """The second head's codes and scales, and the inputs' tokens, start more than 2**31 elements into their buffer."""
