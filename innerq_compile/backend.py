@@ -70,7 +70,10 @@ def innerq(
         register_kernels()
         from torch._inductor.compile_fx import compile_fx  # here: a second of imports that only compiling needs
 
-        compiled = compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[assignment]
+        from innerq_compile.kernels.triton.analysis import analyses_remembered
+
+        with analyses_remembered():
+            compiled = compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[assignment]
     return watched(compiled, buffers) if buffers else compiled
 
 

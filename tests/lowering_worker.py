@@ -15,11 +15,13 @@ import types
 import torch
 from stand_in_gpu import fake_model, pretend
 from torch._dynamo.utils import counters
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import graph as inductor_graph
 from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, StaticCache
 
 from innerq_compile import InnerQCache
+from innerq_compile.kernels.triton import analysis
 
 CAPACITY, PROMPT = 4096, 200
 CONFIG = LlamaConfig(
@@ -53,10 +55,21 @@ class Recorder(logging.Handler):
         self.codes: list[str] = []
         self.graphs: list[dict] = []
         self.warnings: list[str] = []
+        self.analysed: list[str] = []
+        for name in analysis.NAMES:
+            if hasattr(triton_kernel_wrap, name):
+                setattr(triton_kernel_wrap, name, self.noting(getattr(triton_kernel_wrap, name)))
         inductor_graph.GraphLowering.compile_to_module = lambda lowering: self.keep_code(lowering)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.warnings.append(record.getMessage())
+
+    def noting(self, analyse):
+        def noted(kernel, *arguments):
+            self.analysed.append(kernel.base_fn.__name__ if hasattr(kernel, "configs") else kernel.__name__)
+            return analyse(kernel, *arguments)
+
+        return noted
 
     def keep_code(self, lowering):
         self.codes.append(lowering.codegen()[0].value)
@@ -77,8 +90,8 @@ class Recorder(logging.Handler):
         """What was compiled since the last call, which must be one graph."""
         [code] = self.codes
         found = {"graphs": self.graphs, "warnings": self.warnings, "skips": counters["inductor"]["cudagraph_skips"]}
-        found |= facts(code)
-        self.codes, self.graphs, self.warnings = [], [], []
+        found |= facts(code) | {"analysed": self.analysed}
+        self.codes, self.graphs, self.warnings, self.analysed = [], [], [], []
         return found
 
 

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gp
 
 WORKER = Path(__file__).with_name("lowering_worker.py")
 LAYERS, CAPACITY = 2, 4096
+STEP = {"append_step_kernel", "decode_attention_kernel", "combine_kernel"}
+PROMPT = {"key_range_kernel", "key_norm_kernel", "quantize_kernel", "window_kernel"}
 COUNTS = LayerState._fields.index("counts")
 
 
@@ -50,6 +52,12 @@ def test_nothing_keeps_a_graph_out_of_cuda_graphs(lowered, name):
     assert graph["warnings"] == []
 
 
+@pytest.mark.parametrize("name", ["decode", "generate", "prefill"])
+def test_torch_analyses_a_kernel_once_and_not_in_every_layer(lowered, name):
+    graph = lowered[name]
+    assert sorted(graph["analysed"]) == sorted({called for called, _ in graph["calls"]} & (STEP | PROMPT))
+
+
 @pytest.mark.parametrize("name", ["decode", "generate"])
 def test_a_step_is_kernels_that_work_on_the_cache_in_place(lowered, name):
     graph = lowered[name]
@@ -63,8 +71,7 @@ def test_a_step_is_kernels_that_work_on_the_cache_in_place(lowered, name):
             assert is_input(state[COUNTS]) or (name == "decode" and index == 0)
     assert len(calls(graph, "combine_kernel")) == LAYERS
     others = {called for called, _ in graph["calls"] if not called.startswith("triton_")}
-    own = {"append_step_kernel", "decode_attention_kernel", "combine_kernel"}
-    assert others <= own | {"mm", "bmm", "copy_if_misaligned"}
+    assert others <= STEP | {"mm", "bmm", "copy_if_misaligned"}
 
 
 def test_a_step_makes_nothing_as_long_as_the_cache(lowered):
@@ -84,7 +91,7 @@ def test_rope_and_norms_are_fused_around_the_kernels(lowered, name):
 
 
 def test_a_compiled_prompt_appends_with_four_kernels_and_attends_to_what_is_exact(lowered):
-    for kernel in ("key_range_kernel", "key_norm_kernel", "quantize_kernel", "window_kernel"):
+    for kernel in PROMPT:
         assert len(calls(lowered["prefill"], kernel)) == LAYERS
     assert not calls(lowered["prefill"], "decode_attention_kernel")
     assert lowered["prefill"]["as long as the cache"] == []
