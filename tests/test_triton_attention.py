@@ -233,6 +233,16 @@ def test_rows_of_different_length_and_a_cache_that_is_mostly_empty():
     check_attention(config, state, queries(2, 2, 1, 32), capacity=capacity, paths=(False,))
 
 
+@pytest.mark.parametrize("splits", [1, 2, 3, 5, 7, 20])
+def test_every_split_of_the_blocks_is_the_same_attention(splits, monkeypatch):
+    """17 blocks are 5 units of work: equal parts, parts with one unit more, and splits that get none."""
+    monkeypatch.setattr(launcher, "num_splits", lambda *args: splits)
+    config = InnerQConfig(sink=0, recent=32)
+    state = filled_state(config, 600, batch=1)
+    assert state.counts[:, QUANTIZED].tolist() == [17 * 32]
+    check_attention(config, state, queries(1, 2, 1, 32), paths=(False,))
+
+
 @pytest.mark.skipif("races" in os.environ.get("INNERQ_EMULATE", ""), reason="a record of every byte does not fit")
 def test_no_32_bit_offset_stands_in_the_way():
     """The second head's codes lie past byte 2**32. The buffers are never touched: on a CPU they take no memory."""

@@ -10,7 +10,7 @@ import heapq
 import math
 from collections.abc import Sequence
 
-from innerq_compile.kernels.triton.decode_attention import BLOCKS_AT_ONCE, COMBINED_AT_ONCE, num_splits
+from innerq_compile.kernels.triton.decode_attention import BLOCKS_AT_ONCE, combined_at_once, num_splits
 from sass import hopper
 from sass.compilation import TARGETS, Compiled, compile_for
 from sass.launches import HEADS, Specialisation, attention
@@ -34,7 +34,8 @@ class Call:
         before: Of one of them, until its loop begins.
         loop: Of its loop.
         after: From there to its end.
-        last_wave: From the end of the first of them to the end of the last, for want of room.
+        last_wave: From the end of the first of them to the end of the last, which began later for want of room or had
+            blocks left over to do.
         combine: Of the second kernel.
         floor: What reading the packed bytes takes at ``hopper.BANDWIDTH``.
     """
@@ -68,33 +69,45 @@ class DecodeAttention:
         packed, combine = attention(preset, preset=preset)
         self.packed = dataclasses.replace(packed, options=packed.options | options)
         self.combine = combine
-        self.compiled, self.compiled_combine = (compile_for(item, TARGETS["90"]) for item in (self.packed, combine))
+        self.compiled = compile_for(self.packed, TARGETS["90"])
 
     def call(self, tokens: int) -> Call:
         """One step over ``tokens`` packed tokens and the windows."""
         blocks = tokens // 32
         splits = num_splits(HEADS, blocks, hopper.PROCESSORS)
         windows = -(-WINDOWS // (32 * BLOCKS_AT_ONCE))
-        trips = math.ceil(blocks / splits / BLOCKS_AT_ONCE)
+        trips, left_over = divmod(math.ceil(blocks / BLOCKS_AT_ONCE), splits)
         room = resident_programs(self.compiled.registers, self.compiled.shared_bytes, self.packed.options["num_warps"])
         programs = min(room, -(-(splits + windows) * HEADS // hopper.PROCESSORS))
-        way = heaviest_way(_program(self.compiled), trips)
-        before, loop, after = self._times(self.packed, way, programs, trips)
-        outside = self._times(self.packed, heaviest_way(_program(self.compiled), 0), programs, 0)
-        durations = ([before + loop + after] * splits + [sum(outside)] * windows) * HEADS
+        before, loop, after = self._attend(programs, trips)
+        # Few programs take what is left over, so each has a multiprocessor to itself for it.
+        one_more = self._attend(1, trips + 1)[1] - self._attend(1, trips)[1]
+        outside = self._attend(programs, 0)
+        longer, usual = before + loop + one_more + after, before + loop + after
+        durations = ([longer] * left_over + [usual] * (splits - left_over) + [sum(outside)] * windows) * HEADS
         end = schedule(durations, room * hopper.PROCESSORS)
-        merging = heaviest_way(_program(self.compiled_combine), -(-(splits + windows) // COMBINED_AT_ONCE))
-        combine = sum(self._times(self.combine, merging, 1, 0))
+        combine = self._merge(splits + windows)
         floor = 2 * HEADS * tokens * 128 * self.packed.read / hopper.BANDWIDTH * 1e6
-        last_wave = max(0.0, end - before - loop - after)
+        last_wave = max(0.0, end - usual)
         return Call(splits, before, loop, after, last_wave, combine, floor)
+
+    def _attend(self, programs: int, trips: int) -> tuple[float, float, float]:
+        """What :meth:`_times` returns, of the first kernel."""
+        return self._times(self.packed, heaviest_way(_program(self.compiled), trips), programs, trips)
+
+    def _merge(self, splits: int) -> float:
+        """Microseconds of the second kernel."""
+        at_once = combined_at_once(splits)
+        item = dataclasses.replace(self.combine, arguments=self.combine.arguments | {"SPLITS": at_once})
+        program = _program(compile_for(item, TARGETS["90"]))
+        return sum(self._times(item, heaviest_way(program, -(-splits // at_once)), 1, 0))
 
     def _times(self, item: Specialisation, way: Way, programs: int, trips: int) -> tuple[float, float, float]:
         """Microseconds before, in and after the loop, with that many programs on a multiprocessor."""
         warps = item.options["num_warps"]
         first, last = way.loop
         every = range(len(way.instructions))
-        in_cache = every if item is self.combine else [*every[:first], *every[last:]]
+        in_cache = every if not item.codes else [*every[:first], *every[last:]]
         steps = steps_of(without_idle_copies(way), read=trips * item.codes * item.read / warps or None, cached=in_cache)
         machine = Multiprocessor(steps, warps, programs, self.latency)
         end = machine.run_once((first, last))

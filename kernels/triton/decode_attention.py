@@ -28,7 +28,8 @@ PROGRAMS_PER_PROCESSOR = 2
 """With packed blocks. Registers and shared memory of a multiprocessor hold three of most kernels, so that what does not
 divide evenly begins at once too, and two of the others (benchmarks/results/sass-*.json)."""
 
-COMBINED_AT_ONCE = 32
+COMBINED_AT_ONCE = (16, 64)
+"""Splits that a program of the merge reads at a time: the fewer, cheaper for many heads, where those are all."""
 
 NUM_BUFFERS = len(LayerState._fields)
 
@@ -89,8 +90,8 @@ def decode_attention(query: torch.Tensor, *args: Any, launch: Launch = run) -> t
     launch(
         combine_kernel, (num_rows, batch * heads), sums, stats, state.counts, out,
         heads, num_blocks, splits, window_splits, num_rows,
-        HEAD_DIM=head_dim, CHANNELS=triton.next_power_of_2(head_dim), NB=BLOCKS_AT_ONCE, SPLITS=COMBINED_AT_ONCE,
-        num_warps=4,
+        HEAD_DIM=head_dim, CHANNELS=triton.next_power_of_2(head_dim), NB=BLOCKS_AT_ONCE,
+        SPLITS=combined_at_once(all_splits), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -107,6 +108,12 @@ def num_splits(num_programs: int, num_blocks: int, num_processors: int) -> int:
     """
     places = -(-num_processors * PROGRAMS_PER_PROCESSOR * 15 // 16)  # the windows' programs want to begin too
     return max(1, min((2 * places + num_programs) // (2 * num_programs), -(-num_blocks // BLOCKS_AT_ONCE)))
+
+
+def combined_at_once(all_splits: int | torch.SymInt) -> int:
+    """One of :data:`COMBINED_AT_ONCE`; a number of splits that depends on a symbolic batch size may be any."""
+    few, many = COMBINED_AT_ONCE
+    return few if isinstance(all_splits, int) and all_splits <= few else many
 
 
 @functools.lru_cache(maxsize=64)

@@ -62,13 +62,17 @@ def decode_attention_kernel(
     batch = (tl.program_id(1) // num_heads).to(tl.int64)
     slots = tl.load(counts_ptr + batch * 3).to(tl.int32)
     pads = tl.load(counts_ptr + batch * 3 + 2).to(tl.int32)
-    held = slots - pads
     blocks = tl.minimum(tl.load(counts_ptr + batch * 3 + 1).to(tl.int32) // 32, num_blocks)
 
     rows = tl.program_id(2) * RT + tl.arange(0, RT)
     row_exists = rows < Q_PER_KV * Q_LEN
     q_head = (tl.program_id(1) % num_heads).to(tl.int64) * Q_PER_KV
     query_rows = query_ptr + batch * stride_qb + (q_head + rows // Q_LEN) * stride_qh + rows % Q_LEN * stride_qm
+    # Asked for before the counts are looked at: after the branches that those decide, it would be one more trip.
+    query, peak, center = _load_normed_query(
+        query_rows, key_norm_ptr + head * HEAD_DIM, key_center_ptr + head * HEAD_DIM, row_exists, HEAD_DIM, EXACT, RT
+    )
+    held = slots - pads
     # A row sees the tokens below its end; a row that does not exist sees none.
     limit = tl.minimum(held, capacity - pads)
     end = limit + 0 * rows
@@ -88,16 +92,19 @@ def decode_attention_kernel(
             (split - num_splits) * (32 * NB), held, blocks, HEAD_DIM, SINK, RING, MASK, MASK_SHARED, WIDEN, NB, RT,
         )  # fmt: skip
     else:
-        each = tl.cdiv(tl.cdiv(blocks, num_splits), NB) * NB
-        first = split * each
-        last = tl.minimum(first + each, blocks)
+        # In units of NB blocks, as even as can be; the first splits get what is left over.
+        units = tl.cdiv(blocks, NB)
+        each = units // num_splits
+        left_over = units - each * num_splits
+        first = (split * each + tl.minimum(split, left_over)) * NB
+        last = tl.minimum(first + (each + (split < left_over).to(tl.int32)) * NB, blocks)
         if first < last:
             codes = head * num_blocks * HEAD_DIM * 2  # times bits: int16 words before this head
             groups = head * num_blocks * (HEAD_DIM * 32 // GROUP)
             _attend_packed(
-                query_rows, k_codes_ptr + codes * K_BITS, k_scales_ptr + groups, k_zeros_ptr + groups,
+                query, peak, center, k_codes_ptr + codes * K_BITS, k_scales_ptr + groups, k_zeros_ptr + groups,
                 v_codes_ptr + codes * V_BITS, v_scales_ptr + groups, v_zeros_ptr + groups,
-                key_norm_ptr + head * HEAD_DIM, key_center_ptr + head * HEAD_DIM, mask_ptr, mask_rows, stride_ms,
+                mask_ptr, mask_rows, stride_ms,
                 sums_ptr, stats_ptr, out_rows, row_exists, end, limit, scale, first, last, slots,
                 HEAD_DIM, GROUP, SINK, K_BITS, K_MODE, K_CENTER, V_BITS, V_MODE, V_CENTER,
                 MASK, MASK_SHARED, EXACT, ASM, NB, RT,
@@ -106,7 +113,7 @@ def decode_attention_kernel(
 
 @triton.jit
 def _attend_packed(
-    query_rows, k_codes_ptr, k_scales_ptr, k_zeros_ptr, v_codes_ptr, v_scales_ptr, v_zeros_ptr, norm_ptr, center_ptr,
+    normed_query, peak, center, k_codes_ptr, k_scales_ptr, k_zeros_ptr, v_codes_ptr, v_scales_ptr, v_zeros_ptr,
     mask_ptr, mask_rows, stride_ms, sums_ptr, stats_ptr, out_rows, row_exists, end, limit, scale, first, last, slots,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
     K_BITS: tl.constexpr, K_MODE: tl.constexpr, K_CENTER: tl.constexpr,
@@ -124,13 +131,11 @@ def _attend_packed(
     V_WORDS: tl.constexpr = HEAD_DIM * 2 * V_BITS
     PARTS: tl.constexpr = 32 // min(GROUP, 32)  # a group of 16 is a part of a tile; a longer one covers tiles
     DTYPE: tl.constexpr = tl.float32 if EXACT else tl.float16
-    lane, inner = place(tl.arange(0, 32)), inner_place(tl.arange(0, 32))
+    lane = place(tl.arange(0, 32))
     nb = tl.arange(0, NB)
-    peak, center = _query_range(query_rows, norm_ptr, center_ptr, row_exists, HEAD_DIM, EXACT, RT)
     query, query_starts, query_sums = (), (), ()
     for t in tl.static_range(TILES):
-        q = _load_query(query_rows, t * 32 + inner, row_exists)
-        q = (q * (tl.load(norm_ptr + t * 32 + inner)[:, None] / peak[None, :])).to(DTYPE)
+        q = (normed_query[t] / peak[None, :]).to(DTYPE)
         for part in tl.static_range(PARTS):
             q_part = _only_part(q, part, PARTS)
             query += (tl.broadcast_to(q_part[None, :, :], [NB, 32, RT]),)
@@ -255,21 +260,26 @@ def _load_query(query_rows, channels, row_exists):
 
 
 @triton.jit
-def _query_range(
+def _load_normed_query(
     query_rows, norm_ptr, center_ptr, row_exists, HEAD_DIM: tl.constexpr, EXACT: tl.constexpr, RT: tl.constexpr
 ):
-    """Largest magnitude of each row times key norm (1 where float32 needs no range), and the row times key center."""
+    """Each row times key norm, as a tuple of tiles [32 inner, RT] in operand order; the largest magnitude of the row
+    (1 where float32 needs no range), and the row times key center, both [RT].
+    """
+    tiles = ()
     peaks = tl.zeros([32, RT], tl.float32)
     centers = tl.zeros([32, RT], tl.float32)
     for t in tl.static_range(HEAD_DIM // 32):
-        channels = t * 32 + tl.arange(0, 32)
+        channels = t * 32 + inner_place(tl.arange(0, 32))
         q = _load_query(query_rows, channels, row_exists)
-        peaks = tl.maximum(peaks, tl.abs(q * tl.load(norm_ptr + channels)[:, None]))
+        normed = q * tl.load(norm_ptr + channels)[:, None]
         centers += q * tl.load(center_ptr + channels)[:, None]
+        peaks = tl.maximum(peaks, tl.abs(normed))
+        tiles += (normed,)
     peak, center = tl.max(peaks, 0), tl.sum(centers, 0)
     if EXACT:
         peak = tl.full([RT], 1.0, tl.float32)
-    return tl.where(peak > 0, peak, 1.0), center
+    return tiles, tl.where(peak > 0, peak, 1.0), center
 
 
 @triton.jit
@@ -409,9 +419,8 @@ def combine_kernel(
     """
     head = tl.program_id(1).to(tl.int64)
     blocks = tl.minimum(tl.load(counts_ptr + tl.program_id(1) // num_heads * 3 + 1).to(tl.int32) // 32, num_blocks)
-    each = tl.cdiv(tl.cdiv(blocks, num_splits), NB) * NB
+    used = tl.minimum(tl.cdiv(blocks, NB), num_splits)
     all_splits = num_splits + num_window_splits
-    used = tl.cdiv(blocks, tl.maximum(each, 1))
     channels = tl.arange(0, CHANNELS)
     largest = tl.full([1], _LOWEST, tl.float32)
     total = tl.zeros([1], tl.float32)
