@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 OWN_OPTIONS: dict[str, Any] = {"fuse": True, "exact": False, "key_norm": "runtime", "static_cache": "base"}
 """Options that are ours, with their defaults. ``fuse`` rewrites the graph; ``exact`` forbids kernels to round queries
-and probabilities to integers; ``key_norm="folded"`` folds the key norm into the model's weights, in place, with the
-first prompt that is compiled; ``static_cache`` is the preset of the packed copies beside a ``StaticCache``; ``"off"``
-leaves it alone. Every other key belongs to ``torch._inductor.config``."""
+and probabilities (on a CPU to integers, on a GPU to float16); ``key_norm="folded"`` folds the key norm into the model's
+weights, in place, with the first prompt that is compiled; ``static_cache`` is the preset of the packed copies beside a
+``StaticCache``; ``"off"`` leaves it alone. Every other key belongs to ``torch._inductor.config``."""
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "fuse": (True, False),

@@ -48,7 +48,7 @@ def enable(
         preset: Settings of the cache, see :data:`innerq_compile.config.PRESETS`.
         max_cache_len: Capacity of the cache in tokens. ``None`` sizes each cache for its call, rounded up so that few
             capacities ever compile.
-        exact: Forbids kernels to round queries and probabilities to integers.
+        exact: Forbids kernels to round queries and probabilities (on a CPU to integers, on a GPU to float16).
         mode: One of Inductor's modes, ``"reduce-overhead"`` for instance.
         **overrides: Single settings of :class:`~innerq_compile.config.InnerQConfig`. ``key_norm="folded"`` folds the
             key norm into the weights with the first prompt, in place, unless

@@ -63,7 +63,7 @@ class FuseDecodeAttention(ReversibleTransformation):
     """Rewrites attention over an InnerQ cache to read packed codes, as the ``innerq`` backend does.
 
     Args:
-        exact: Forbids kernels to round queries and probabilities to integers.
+        exact: Forbids kernels to round queries and probabilities (on a CPU to integers, on a GPU to float16).
     """
 
     preserves_computation = True

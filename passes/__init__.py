@@ -21,7 +21,7 @@ def run_passes(gm: fx.GraphModule, *, exact: bool = False) -> Report:
 
     Args:
         gm: A graph at the level of torch functions, as Dynamo hands it to a backend.
-        exact: Forbids kernels to round queries and probabilities to integers.
+        exact: Forbids kernels to round queries and probabilities (on a CPU to integers, on a GPU to float16).
 
     Raises:
         PassError: The rewrite broke one of its own promises.

@@ -14,7 +14,7 @@ def fuse_decode(graph: fx.Graph, site: DecodeSite, *, exact: bool) -> fx.Node:
     The fused op stands where the attention stood, so it reads the cache after everything that the attention was to see.
 
     Args:
-        exact: Forbids a kernel to round queries and probabilities to integers.
+        exact: Forbids a kernel to round queries and probabilities (on a CPU to integers, on a GPU to float16).
 
     Returns:
         The fused node, with the attention's users and metadata.

@@ -76,7 +76,7 @@ def attention(
         arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
         chosen = {key: arguments.pop(key) for key in ("num_warps", "num_stages") if key in arguments}
         if not part:
-            arguments["WIDEN"] = exact
+            arguments["WIDEN"] = False
         found.append(Specialisation(name + part, kernel, arguments, chosen, codes, config.bits_per_number / 8))
     return found
 

@@ -57,7 +57,8 @@ def decode_attention(query: torch.Tensor, *args: Any, launch: Launch = run) -> t
     batch, q_heads, q_len, head_dim = query.shape
     heads, num_blocks = state.k_codes.shape[1:3]
     num_rows = q_len * q_heads // heads
-    row_tile = rows_per_program(num_rows, head_dim)
+    exact = bool(rest and rest[0])
+    row_tile = rows_per_program(num_rows, head_dim, exact)
     window_splits = -(-(config.sink + config.ring) // (BLOCK * BLOCKS_AT_ONCE))
     splits = num_splits(batch * heads * -(-num_rows // row_tile), num_blocks, _num_processors(query.device))
     all_splits = splits + window_splits
@@ -76,7 +77,6 @@ def decode_attention(query: torch.Tensor, *args: Any, launch: Launch = run) -> t
     stats = query.new_empty((batch * heads, all_splits, num_rows, 2), dtype=torch.float32)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
 
-    exact = bool(rest and rest[0])
     launch(
         decode_attention_kernel, (all_splits, batch * heads, -(-num_rows // row_tile)),
         query, *state, stats if mask is None else mask, sums, stats,
@@ -84,7 +84,7 @@ def decode_attention(query: torch.Tensor, *args: Any, launch: Launch = run) -> t
         Q_PER_KV=q_heads // heads, Q_LEN=q_len, HEAD_DIM=head_dim, GROUP=config.group_size,
         SINK=config.sink, RING=config.ring,
         **code_constants("K", config.key_spec), **code_constants("V", config.value_spec),
-        MASK=kind, MASK_SHARED=shared, EXACT=exact, WIDEN=exact or not _has_native_dot(query),
+        MASK=kind, MASK_SHARED=shared, EXACT=exact, WIDEN=not _has_native_dot(query),
         ASM=_has_ptx(query.device), NB=BLOCKS_AT_ONCE, RT=row_tile, num_warps=BLOCKS_AT_ONCE,
     )  # fmt: skip
     launch(
@@ -96,9 +96,9 @@ def decode_attention(query: torch.Tensor, *args: Any, launch: Launch = run) -> t
     return out
 
 
-def rows_per_program(num_rows: int, head_dim: int) -> int:
+def rows_per_program(num_rows: int, head_dim: int, exact: bool) -> int:
     """Query rows of a program: as many as its registers hold; more rows take more programs, which share the L2."""
-    return 8 if num_rows <= 8 or head_dim > 128 else 16
+    return 8 if num_rows <= 8 or head_dim > 128 or exact else 16
 
 
 def num_splits(num_programs: int, num_blocks: int, num_processors: int) -> int:

@@ -18,8 +18,15 @@ from innerq_compile.kernels.triton.operands import (
     load_high_shifts,
     load_operand,
     operand_words,
-    outer_to_inner,
     place,
+)
+from innerq_compile.kernels.triton.pieces import (
+    LARGEST,
+    pieces_of,
+    pieces_outer_to_inner,
+    power_of_two,
+    repeat_pieces,
+    times_pieces,
 )
 from innerq_compile.kernels.triton.scales import load_key_scales, load_value_scales
 
@@ -48,8 +55,8 @@ def decode_attention_kernel(
     one takes 32 * NB slots of the windows. Written: ``sums`` float32 [B * H, splits, R, D], weighted sums of values,
     and ``stats`` float32 [B * H, splits, R, 2], largest score and sum of weights.
 
-    MASK_SHARED: one mask serves all rows of a head. WIDEN: windows are multiplied in float32, not in their own dtype.
-    EXACT: everything is.
+    MASK_SHARED: one mask serves all rows of a head. WIDEN: windows are multiplied as float32, not in their own dtype.
+    EXACT: queries and weights keep their 24 bits, in pieces, where they are otherwise rounded to float16.
     """
     # Read as what they hold here, not by a view outside: for Inductor such a view is a copy (bool) or a call (uint8).
     k_codes_ptr = k_codes_ptr.to(tl.pointer_type(tl.int16))
@@ -89,7 +96,8 @@ def decode_attention_kernel(
         _attend_windows(
             query_rows, k_window_ptr + window, v_window_ptr + window, mask_ptr, mask_rows, stride_ms,
             sums_ptr, stats_ptr, out_rows, row_exists, end, limit, scale,
-            (split - num_splits) * (32 * NB), held, blocks, HEAD_DIM, SINK, RING, MASK, MASK_SHARED, WIDEN, NB, RT,
+            (split - num_splits) * (32 * NB), held, blocks, HEAD_DIM, SINK, RING,
+            MASK, MASK_SHARED, EXACT, WIDEN, NB, RT,
         )  # fmt: skip
     else:
         # In units of NB blocks, as even as can be; the first splits get what is left over.
@@ -130,21 +138,29 @@ def _attend_packed(
     K_WORDS: tl.constexpr = HEAD_DIM * 2 * K_BITS  # of a block
     V_WORDS: tl.constexpr = HEAD_DIM * 2 * V_BITS
     PARTS: tl.constexpr = 32 // min(GROUP, 32)  # a group of 16 is a part of a tile; a longer one covers tiles
-    DTYPE: tl.constexpr = tl.float32 if EXACT else tl.float16
+    # Subtracted from exact codes before the product; others leave it to the start value of the accumulator.
+    K_SHIFT: tl.constexpr = K_CENTER if K_MODE == 0 else 0.0
+    V_SHIFT: tl.constexpr = V_CENTER if V_MODE == 0 else 0.0
+    K_EXACT_SHIFT: tl.constexpr = K_SHIFT if EXACT else None
+    V_EXACT_SHIFT: tl.constexpr = V_SHIFT if EXACT else None
+    LARGEST_WEIGHT: tl.constexpr = LARGEST if EXACT else 1.0
     lane = place(tl.arange(0, 32))
     nb = tl.arange(0, NB)
     query, query_starts, query_sums = (), (), ()
     for t in tl.static_range(TILES):
-        q = (normed_query[t] / peak[None, :]).to(DTYPE)
         for part in tl.static_range(PARTS):
-            q_part = _only_part(q, part, PARTS)
-            query += (tl.broadcast_to(q_part[None, :, :], [NB, 32, RT]),)
-            query_starts += (_query_start(q_part, K_BITS, K_CENTER if K_MODE == 0 else 0.0, EXACT, NB, RT),)
-            query_sums += (tl.sum(q_part.to(tl.float32), 0)[None, None, :],)
+            q = _only_part(normed_query[t] / peak[None, :], part, PARTS)
+            query += (repeat_pieces(pieces_of(q, tl.float16, EXACT), NB, RT),)
+            if EXACT:
+                query_starts += (tl.zeros([NB, 32, RT], tl.float32),)
+            else:
+                q = q.to(tl.float16)
+                query_starts += (_query_start(q, K_BITS, K_SHIFT, NB, RT),)
+            query_sums += (tl.sum(q.to(tl.float32), 0)[None, None, :],)
     row_scale = (peak * scale)[None, None, :]
     center = (center * scale)[None, None, :]
     high_shifts = load_high_shifts(k_codes_ptr, slots)
-    start_operand = _start_operand(V_BITS, V_CENTER if V_MODE == 0 else 0.0, EXACT, NB)
+    start_operand = _start_operand(V_BITS, V_SHIFT, NB)
 
     largest = tl.full([NB, RT], _LOWEST, tl.float32)
     total = tl.zeros([NB, 32, RT], tl.float32)
@@ -156,7 +172,8 @@ def _attend_packed(
     token = nb[:, None] * 32 + lane[None, :]
     next_mask = _load_mask(SINK + first * 32, token, end, limit, mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED)
     # Stated at the loop, the number of stages also holds for loads that feed no product: the scales of the values.
-    for i in tl.range(first, last, NB, num_stages=_stages(HEAD_DIM * (K_BITS + V_BITS), EXACT, ASM)):
+    STAGES: tl.constexpr = _stages(HEAD_DIM, GROUP, K_BITS, K_MODE, V_BITS, V_MODE, EXACT, RT, ASM)
+    for i in tl.range(first, last, NB, num_stages=STAGES):
         # Blocks past the last are the last one again, and no row sees their tokens. Behind a minimum the compiler does
         # not see i; as a sum with i, each of 17 addresses would be carried from iteration to iteration.
         block = tl.minimum(i + nb, last - 1).to(tl.int64)
@@ -171,10 +188,9 @@ def _attend_packed(
         scores = tl.zeros([NB, 32, RT], tl.float32)
         for t in tl.static_range(TILES):
             start = t * (64 * K_BITS)
-            codes = load_operand(words + start, high_words + start, high_shifts, K_BITS, NB, ASM)
-            codes = _plain_codes(codes, K_BITS, EXACT)
+            codes = load_operand(words + start, high_words + start, high_shifts, K_BITS, K_EXACT_SHIFT, NB, ASM)
             for part in tl.static_range(PARTS):
-                products = _codes_times(codes, query, query_starts, t * PARTS + part)
+                products = times_pieces(codes, query[t * PARTS + part], query_starts[t * PARTS + part])
                 scores += products * steps[(t * PARTS + part) * 32 // max(GROUP, 32)][:, :, None]
                 if K_MODE != 0:
                     constant = constants[(t * PARTS + part) * 32 // max(GROUP, 32)]
@@ -185,38 +201,47 @@ def _attend_packed(
         total = total * rescale + weights
         words, high_words = operand_words(v_codes_ptr, block * V_WORDS, V_BITS)
         for part in tl.static_range(PARTS):
-            w_part = outer_to_inner(_only_part(weights.to(DTYPE), part, PARTS), NB, RT)
-            value_start = tl.dot(start_operand, w_part, input_precision="ieee")
+            w = _only_part(weights * LARGEST_WEIGHT, part, PARTS)
+            w_pieces = pieces_outer_to_inner(pieces_of(w, tl.float16, EXACT), NB, RT)
+            if EXACT:
+                value_start = tl.zeros([NB, 32, RT], tl.float32)
+            else:
+                w = w_pieces[0].to(tl.float32)
+                value_start = tl.dot(start_operand, w_pieces[0], input_precision="ieee")
             steps, constants = load_value_scales(
                 v_scales_ptr, v_zeros_ptr, block, part, HEAD_DIM, GROUP, V_MODE, V_CENTER, NB
             )
             updated = ()
             for t in tl.static_range(TILES):
                 start = t * (64 * V_BITS)
-                codes = load_operand(words + start, high_words + start, high_shifts, V_BITS, NB, ASM)
-                codes = _plain_codes(codes, V_BITS, EXACT)
-                products = tl.dot(codes, w_part, value_start, input_precision="ieee")
+                codes = load_operand(words + start, high_words + start, high_shifts, V_BITS, V_EXACT_SHIFT, NB, ASM)
+                products = times_pieces(codes, w_pieces, value_start)
                 added = products * steps[t][:, :, None]
                 if V_MODE != 0:
-                    added += constants[t][:, :, None] * tl.sum(w_part.to(tl.float32), 1)[:, None, :]
+                    added += constants[t][:, :, None] * tl.sum(w, 1)[:, None, :]
                 updated += (sums[t] * rescale + added if part == 0 else sums[t] + added,)
             sums = updated
     for t in tl.static_range(TILES):
-        _store_sums(sums_ptr, sums[t], largest, out_rows, row_exists, t * 32 + lane, HEAD_DIM)
+        plain = sums[t] * (1.0 / LARGEST_WEIGHT)
+        _store_sums(sums_ptr, plain, largest, out_rows, row_exists, t * 32 + lane, HEAD_DIM)
     _store_stats(stats_ptr, total, largest, out_rows, row_exists)
 
 
 @triton.constexpr_function
-def _stages(bits_per_token, exact, asm):
+def _stages(head_dim, group, k_bits, k_mode, v_bits, v_mode, exact, rows, asm):
     """Iterations under way at a time, in their loads or at work.
 
-    Three: with two, blocks are asked for when one iteration ends and awaited when the next begins. Fewer where three
-    take more shared memory than small GPUs have (99 KiB), or memory is not what `exact` waits for; on AMD, where the
+    Three: with two, blocks are asked for when one iteration ends and awaited when the next begins. Fewer where the
+    blocks to come and the query's operands take more shared memory than small GPUs have (99 KiB); on AMD, where the
     blocks to come would wait in registers, none ahead.
     """
     if not asm:
         return 1
-    return 2 if exact or bits_per_token > 2048 else 3
+    # Of NB = 4 blocks. A 1-bit plane is loaded twice; scales and zeros are two bytes a group.
+    codes = 16 * head_dim * sum(4 if bits == 3 else bits for bits in (k_bits, v_bits))
+    scales = 256 * head_dim // group * (2 + (k_mode != 0) + (v_mode != 0))
+    query = 8 * head_dim * rows * (3 if exact else 1)
+    return 1 + max(0, min(2, (99 * 1024 - query) // (codes + scales)))
 
 
 @triton.jit
@@ -224,11 +249,13 @@ def _attend_windows(
     query_rows, k_window_ptr, v_window_ptr, mask_ptr, mask_rows, stride_ms,
     sums_ptr, stats_ptr, out_rows, row_exists, end, limit, scale, first_slot, held, blocks,
     HEAD_DIM: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr, MASK: tl.constexpr, MASK_SHARED: tl.constexpr,
-    WIDEN: tl.constexpr, NB: tl.constexpr, RT: tl.constexpr,
+    EXACT: tl.constexpr, WIDEN: tl.constexpr, NB: tl.constexpr, RT: tl.constexpr,
 ):  # fmt: skip
     """Slots [first_slot, first_slot + 32 * NB) of the windows, in the order in which they lie in memory."""
     TILES: tl.constexpr = HEAD_DIM // 32
     DTYPE: tl.constexpr = tl.float32 if WIDEN else k_window_ptr.dtype.element_ty
+    CUT: tl.constexpr = EXACT and not WIDEN
+    LARGEST_WEIGHT: tl.constexpr = LARGEST if CUT else 1.0
     lane = tl.arange(0, 32)
     slot = first_slot + tl.arange(0, NB)[:, None] * 32 + lane[None, :]
     # The newest token that belongs in a ring slot; it is in the slot unless it was never appended or is packed.
@@ -245,10 +272,11 @@ def _attend_windows(
     mask = _load_mask(0, token.to(tl.int64), end, limit, mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED)
     scores = _mask_scores(scores * scale, _visible(0, token, end, limit, MASK_SHARED), mask, MASK)
     largest, weights, _ = _weigh(scores, tl.full([NB, RT], _LOWEST, tl.float32))
+    pieces = pieces_of(weights * LARGEST_WEIGHT, DTYPE, CUT)
     for t in tl.static_range(TILES):
         channels = (t * 32 + lane)[None, :, None]
         values = tl.load(v_window_ptr + slot[:, None, :] * HEAD_DIM + channels, mask=is_held[:, None, :], other=0.0)
-        sums = tl.dot(values.to(DTYPE), weights.to(DTYPE), input_precision="ieee")
+        sums = times_pieces(values.to(DTYPE), pieces, tl.zeros([NB, 32, RT], tl.float32)) * (1.0 / LARGEST_WEIGHT)
         _store_sums(sums_ptr, sums, largest, out_rows, row_exists, t * 32 + lane, HEAD_DIM)
     _store_stats(stats_ptr, weights, largest, out_rows, row_exists)
 
@@ -263,8 +291,8 @@ def _load_query(query_rows, channels, row_exists):
 def _load_normed_query(
     query_rows, norm_ptr, center_ptr, row_exists, HEAD_DIM: tl.constexpr, EXACT: tl.constexpr, RT: tl.constexpr
 ):
-    """Each row times key norm, as a tuple of tiles [32 inner, RT] in operand order; the largest magnitude of the row
-    (1 where float32 needs no range), and the row times key center, both [RT].
+    """Each row times key norm, as a tuple of tiles [32 inner, RT] in operand order; what to divide it by before it is
+    rounded or cut into pieces, and the row times key center, both [RT].
     """
     tiles = ()
     peaks = tl.zeros([32, RT], tl.float32)
@@ -278,7 +306,7 @@ def _load_normed_query(
         tiles += (normed,)
     peak, center = tl.max(peaks, 0), tl.sum(centers, 0)
     if EXACT:
-        peak = tl.full([RT], 1.0, tl.float32)
+        peak = power_of_two(peak) * (1.0 / LARGEST)
     return tiles, tl.where(peak > 0, peak, 1.0), center
 
 
@@ -292,47 +320,25 @@ def _only_part(x, part: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _start_operand(BITS: tl.constexpr, CENTER: tl.constexpr, EXACT: tl.constexpr, NB: tl.constexpr):
-    """[NB, 32 outer, 32 inner]: minus what :func:`load_operand` added to the codes, minus the center."""
+def _start_operand(BITS: tl.constexpr, SHIFT: tl.constexpr, NB: tl.constexpr):
+    """[NB, 32 outer, 32 inner]: minus what :func:`load_operand` added to the codes, minus SHIFT."""
     position = tl.arange(0, 32)
-    if EXACT:
-        offset = tl.full([32, 32], 0.0, tl.float32)
-    else:
-        offset = code_offset(position[None, :], position[:, None] // 16, BITS)
-    start = (-CENTER - offset).to(tl.float32 if EXACT else tl.float16)
+    start = (-SHIFT - code_offset(position[None, :], position[:, None] // 16, BITS)).to(tl.float16)
     return tl.broadcast_to(start[None, :, :], [NB, 32, 32])
 
 
 @triton.jit
-def _query_start(q, BITS: tl.constexpr, CENTER: tl.constexpr, EXACT: tl.constexpr, NB: tl.constexpr, RT: tl.constexpr):
+def _query_start(q, BITS: tl.constexpr, SHIFT: tl.constexpr, NB: tl.constexpr, RT: tl.constexpr):
     """Start of the accumulator of ``codes @ q`` for q [32, RT]: float32 [NB, 32, RT]."""
     position = tl.arange(0, 32)
-    if EXACT:
-        start = -CENTER * tl.sum(q, 0)[None, :] + tl.zeros([32, RT], tl.float32)
+    low = tl.sum(q.to(tl.float32) * (-SHIFT - code_offset(position, 0, BITS))[:, None], 0)
+    start = low[None, :]
+    if BITS == 4:
+        high = tl.sum(q.to(tl.float32) * (-SHIFT - code_offset(position, 1, BITS))[:, None], 0)
+        start = tl.where((position < 16)[:, None], start, high[None, :])
     else:
-        low = tl.sum(q.to(tl.float32) * (-CENTER - code_offset(position, 0, BITS))[:, None], 0)
-        start = low[None, :]
-        if BITS == 4:
-            high = tl.sum(q.to(tl.float32) * (-CENTER - code_offset(position, 1, BITS))[:, None], 0)
-            start = tl.where((position < 16)[:, None], start, high[None, :])
-        else:
-            start = tl.broadcast_to(start, [32, RT])
+        start = tl.broadcast_to(start, [32, RT])
     return tl.broadcast_to(start[None, :, :], [NB, 32, RT])
-
-
-@triton.jit
-def _codes_times(codes, query, starts, k: tl.constexpr):
-    """Products of a tile with the k-th slice of the query rows."""
-    return tl.dot(codes, query[k], starts[k], input_precision="ieee")
-
-
-@triton.jit
-def _plain_codes(codes, BITS: tl.constexpr, EXACT: tl.constexpr):
-    """An operand as it is; EXACT: as float32, with nothing added to the codes."""
-    if EXACT:
-        position = tl.arange(0, 32)
-        codes = codes.to(tl.float32) - code_offset(position[None, :], position[:, None] // 16, BITS)[None, :, :]
-    return codes
 
 
 @triton.jit

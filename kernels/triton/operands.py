@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from innerq_compile.kernels.triton.packed_ops import bits_or, select_bits, shift_left, shift_right
+from innerq_compile.kernels.triton.packed_ops import code_number, select_bits, shift_left, shift_right
 
 _INNER_FOURS = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8))
 """Whether a thread's inner positions are four in a row."""
@@ -86,10 +86,13 @@ def operand_words(codes_ptr, tile_offsets, BITS: tl.constexpr):
 
 
 @triton.jit
-def load_operand(words, high_words, high_shifts, BITS: tl.constexpr, NB: tl.constexpr, ASM: tl.constexpr):
+def load_operand(
+    words, high_words, high_shifts, BITS: tl.constexpr, CENTER: tl.constexpr, NB: tl.constexpr, ASM: tl.constexpr
+):
     """NB tiles as float16 [NB, 32 outer, 32 inner] in operand order: each code plus its :func:`code_offset`.
 
     Args:
+        CENTER: If not None: each code less this, which takes one operation more for every two of them.
         words, high_words: See :func:`operand_words`.
         high_shifts: See :func:`load_high_shifts`.
         ASM: Two codes per instruction, in PTX; otherwise plain Triton, one code at a time.
@@ -97,16 +100,16 @@ def load_operand(words, high_words, high_shifts, BITS: tl.constexpr, NB: tl.cons
     if BITS == 8:
         x = tl.permute(tl.reshape(tl.load(words), [NB, 2, 4, 2, 8, 2, 2]), [0, 3, 5, 4, 1, 2, 6])
         x = tl.reshape(x, [NB, 32, 2, 8])
-        even = bits_or(shift_left(x, 1, ASM), 0x01FE, 0x6000, ASM)
-        odd = bits_or(shift_right(x, 7, ASM), 0x01FE, 0x6000, ASM)
+        even = code_number(shift_left(x, 1, ASM), 0x01FE, 0x6000, CENTER, ASM)
+        odd = code_number(shift_right(x, 7, ASM), 0x01FE, 0x6000, CENTER, ASM)
         operand = tl.reshape(tl.join(even, odd), [NB, 1, 32, 2, 4, 2, 2])
     elif BITS == 4:
         x = tl.permute(tl.reshape(tl.load(words), [NB, 2, 4, 8, 2, 2]), [0, 4, 3, 1, 2, 5])
         x = tl.reshape(x, [NB, 16, 2, 8])
-        low_even = bits_or(shift_left(x, 1, ASM), 0x001E, 0x6000, ASM)
-        low_odd = bits_or(shift_right(x, 7, ASM), 0x001E, 0x6000, ASM)
-        high_even = bits_or(x, 0x00F0, 0x5400, ASM)
-        high_odd = bits_or(shift_right(x, 8, ASM), 0x00F0, 0x5400, ASM)
+        low_even = code_number(shift_left(x, 1, ASM), 0x001E, 0x6000, CENTER, ASM)
+        low_odd = code_number(shift_right(x, 7, ASM), 0x001E, 0x6000, CENTER, ASM)
+        high_even = code_number(x, 0x00F0, 0x5400, CENTER, ASM)
+        high_odd = code_number(shift_right(x, 8, ASM), 0x00F0, 0x5400, CENTER, ASM)
         operand = tl.join(tl.join(low_even, low_odd), tl.join(high_even, high_odd))
         operand = tl.permute(tl.reshape(operand, [NB, 16, 2, 4, 2, 2, 2]), [0, 6, 1, 2, 3, 4, 5])
     else:
@@ -118,8 +121,8 @@ def load_operand(words, high_words, high_shifts, BITS: tl.constexpr, NB: tl.cons
             shifts = high_shifts[None, None, :]
             low = select_bits(0x6666, low, shift_left(h, shifts, ASM), ASM)
             high = select_bits(0x6666, high, shift_left(h, shifts - 1, ASM), ASM)
-        low = _both_parities(low, BITS, ASM)
-        high = _both_parities(high, BITS, ASM)
+        low = _both_parities(low, BITS, CENTER, ASM)
+        high = _both_parities(high, BITS, CENTER, ASM)
         operand = tl.reshape(tl.join(low, high), [NB, 16, 4, 2, 2, 2, 2])
         operand = tl.permute(operand, [0, 6, 1, 5, 2, 3, 4])
     return _inner_order(operand, NB)
@@ -145,10 +148,12 @@ def _load_quads(words, NB: tl.constexpr):
 
 
 @triton.jit
-def _both_parities(words, BITS: tl.constexpr, ASM: tl.constexpr):
+def _both_parities(words, BITS: tl.constexpr, CENTER: tl.constexpr, ASM: tl.constexpr):
     """Even and odd bytes, both parts: float16 [NB, 16, 8, parity 2, part 2]."""
     MASK: tl.constexpr = 0x06 if BITS == 2 else 0x0E
     odd = shift_right(words, 8, ASM)
-    first = tl.join(bits_or(words, MASK, 0x6000, ASM), bits_or(odd, MASK, 0x6000, ASM))
-    second = tl.join(bits_or(words, MASK << 4, 0x5000, ASM), bits_or(odd, MASK << 4, 0x5000, ASM))
+    first = tl.join(code_number(words, MASK, 0x6000, CENTER, ASM), code_number(odd, MASK, 0x6000, CENTER, ASM))
+    second = tl.join(
+        code_number(words, MASK << 4, 0x5000, CENTER, ASM), code_number(odd, MASK << 4, 0x5000, CENTER, ASM)
+    )
     return tl.join(first, second)

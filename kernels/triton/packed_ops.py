@@ -1,4 +1,4 @@
-"""Bit operations on int16 tensors, two elements per instruction in PTX, or one by one in plain Triton.
+"""Operations on 16-bit tensors, two elements per instruction in PTX, or one by one in plain Triton.
 
 Triton's compiler splits a 16-bit logic operation into elements and puts them together again. Which two elements share a
 register does not matter here: every operation does the same to both. A packed shift carries bits from one element into
@@ -29,6 +29,27 @@ def bits_or(x, MASK: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     else:
         y = ((x & _constant(MASK)) | _constant(BITS)).to(tl.float16, bitcast=True)
     return y
+
+
+@triton.jit
+def code_number(x, MASK: tl.constexpr, BITS: tl.constexpr, CENTER: tl.constexpr, ASM: tl.constexpr):
+    """:func:`bits_or`, less what BITS are as float16 and less CENTER; as it is where CENTER is None."""
+    y = bits_or(x, MASK, BITS, ASM)
+    if CENTER is not None:
+        less = _constant(_sum_pattern(BITS, CENTER))
+        if ASM:
+            y = tl.inline_asm_elementwise(
+                "sub.rn.f16x2 $0, $1, $2;", "=r,r,r", [y, less], dtype=tl.float16, is_pure=True, pack=2
+            )
+        else:
+            y -= less.to(tl.float16, bitcast=True)
+    return y
+
+
+@triton.constexpr_function
+def _sum_pattern(bits, small):
+    """Bit pattern of a power of two, given as its own pattern, plus a smaller number that float16 adds exactly."""
+    return bits + int(small * 2 ** (25 - bits // 1024))
 
 
 @triton.jit

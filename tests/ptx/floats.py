@@ -23,14 +23,26 @@ def arithmetic_of_any_type(machine: Machine, instruction: Instruction) -> Step:
     target, *operands = instruction.operands
     if name in ("neg", "abs"):
         return change_sign(machine, instruction)
+    if kind == "f16x2" and name in UFUNCS:
+        pairs = [machine.value(operand, "b32") for operand in operands]
+        return assign(machine.target(target, "b32"), lambda: of_halves(UFUNCS[name], *pairs))
     if kind != "f32":
-        raise EmulationError("only float32 is known")
+        raise EmulationError("only float32 and add, sub and mul of float16 pairs are known")
     out, (x, y) = machine.target(target, kind), (machine.value(operand, kind) for operand in operands)
     if name in UFUNCS:
         return elementwise(UFUNCS[name], out, x, y)
     if instruction.has("xorsign"):
         return assign(out, lambda: with_product_sign(extremum(name, np.abs(x), np.abs(y)), x, y))
     return assign(out, lambda: extremum(name, x, y))
+
+
+def of_halves(operation: np.ufunc, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """An operation on the two float16 numbers of 32-bit registers, each rounded to nearest."""
+    halves = []
+    for shift in (np.uint32(0), np.uint32(16)):
+        numbers = [(bits >> shift).astype(np.uint16).view(np.float16).astype(np.float32) for bits in (x, y)]
+        halves.append(to_f16(operation(*numbers)).astype(np.uint32) << shift)
+    return halves[0] | halves[1]
 
 
 def extremum(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
