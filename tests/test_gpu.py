@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
-from innerq_compile import InnerQCache, ops, reference
+from innerq_compile import InnerQCache, disable, enable, ops, reference
 from innerq_compile.backend import register_kernels
 from innerq_compile.config import InnerQConfig
 from innerq_compile.layout import QUANTIZED, SLOTS, LayerState, allocate_state
@@ -170,6 +170,21 @@ def test_generate_on_the_device(tiny_model, tiny_config):
     assert caches[1].layers[0].state.counts[0].tolist()[:2] == [199, 64]
     exact = model.generate(ids, past_key_values=DynamicCache(config=tiny_config), **settings)
     assert exact.shape == fast.shape
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_an_enabled_model_generates_what_the_uncompiled_one_does(tiny_model, tiny_config, mode):
+    """Two prompts, of which the second is longer, each decoded over a flush; with and without CUDA graphs."""
+    model = tiny_model.cuda()
+    generator = torch.Generator().manual_seed(0)
+    settings = {"max_new_tokens": 40, "do_sample": False}
+    for length in (150, 170):
+        ids = torch.randint(0, 256, (1, length), generator=generator).cuda()
+        eager = InnerQCache(tiny_config, max_cache_len=CAPACITY)
+        expected = model.generate(ids, past_key_values=eager, disable_compile=True, **settings)
+        enable(model, exact=True, mode=mode)
+        assert torch.equal(model.generate(ids, **settings), expected)
+        disable(model)
 
 
 def test_more_than_two_billion_elements():
