@@ -217,6 +217,14 @@ def test_a_hostile_query_spoils_only_its_own_row(poison):
     assert torch.equal(out, clean)
 
 
+@pytest.mark.parametrize("magnitude", [0.0, 2.0**-140, 2.0**-120, 2.0**-60, 2.0**10])
+def test_queries_of_every_magnitude(magnitude):
+    """Before a query is rounded or cut it is divided by its largest number, which may have no finite inverse."""
+    config = InnerQConfig()
+    state = filled_state(config, 300, batch=1)
+    check_attention(config, state, magnitude * queries(1, 2, 1, 32))
+
+
 @pytest.mark.parametrize("preset", ["base", "small", "int8"])
 def test_accuracy_on_normal_data(preset):
     """The two numbers of the issue: 1.5e-2 by default, 1e-5 exactly, against float64 over the same cache."""

@@ -32,6 +32,7 @@ from innerq_compile.kernels.triton.scales import load_key_scales, load_value_sca
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
+_SMALLEST_PEAK = tl.constexpr(2.0**-100)  # far below any query that has a score; its inverse is finite
 _CAUSAL, _BOOLEAN, _ADDITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -147,9 +148,10 @@ def _attend_packed(
     lane = place(tl.arange(0, 32))
     nb = tl.arange(0, NB)
     query, query_starts, query_sums = (), (), ()
+    inverse = tl.div_rn(1.0, peak)  # of a power of two: exact
     for t in tl.static_range(TILES):
         for part in tl.static_range(PARTS):
-            q = _only_part(normed_query[t] / peak[None, :], part, PARTS)
+            q = _only_part(normed_query[t] * inverse[None, :], part, PARTS)
             query += (repeat_pieces(pieces_of(q, tl.float16, EXACT), NB, RT),)
             if EXACT:
                 query_starts += (tl.zeros([NB, 32, RT], tl.float32),)
@@ -307,7 +309,7 @@ def _load_normed_query(
     peak, center = tl.max(peaks, 0), tl.sum(centers, 0)
     if EXACT:
         peak = power_of_two(peak) * (1.0 / LARGEST)
-    return tiles, tl.where(peak > 0, peak, 1.0), center
+    return tiles, tl.maximum(peak, _SMALLEST_PEAK), center
 
 
 @triton.jit
