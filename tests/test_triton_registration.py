@@ -51,15 +51,16 @@ def test_with_triton_the_kernels_stand_under_the_device_key() -> None:
     subprocess.run([sys.executable, "-P", "-c", program], check=True)
 
 
-TRACE = """
+ON_A_GPU = """
 import torch, triton
+from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from innerq_compile import ops
 from innerq_compile.config import InnerQConfig
 from innerq_compile.kernels import triton as kernels
-from innerq_compile.layout import LayerState, allocate_state
+from innerq_compile.layout import allocate_state
 
 
 class Driver:  # what Triton asks of a GPU to translate a kernel, which tells torch what the kernel writes
@@ -71,8 +72,20 @@ triton.runtime.driver.set_active(Driver())
 kernels.is_on_gpu = lambda args: True
 kernels.register_decompositions()
 config, capacity = InnerQConfig(), 1024
+"""
 
 
+def printed_on_a_gpu(program):
+    """Lines that a program prints in a process of its own, where kernels are compiled and ops believe in a GPU."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", "-c", ON_A_GPU + program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+TRACE = """
 def step(key, value, *state):
     ops.append_kv(key, value, *state, capacity, config.spec)
     return ops.dequantize_kv(*state, capacity, config.spec)
@@ -97,37 +110,13 @@ with FakeTensorMode(), torch.no_grad():
 
 def test_a_graph_for_inductor_holds_the_kernels_and_what_they_write() -> None:
     """A decode step: one kernel that changes the buffers it should, then one that writes two new tensors."""
-    pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-P", "-c", TRACE], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     written = "counts_ptr k_codes_ptr k_scales_ptr k_window_ptr key_center_ptr key_norm_ptr v_codes_ptr v_scales_ptr"
-    assert done.stdout.splitlines() == [
+    assert printed_on_a_gpu(TRACE) == [
         f"{written} v_window_ptr", "aten.new_empty.default", "aten.new_empty.default", "keys_ptr values_ptr"
     ]  # fmt: skip
 
 
 SYMBOLIC = """
-import torch, triton
-from torch._dynamo.backends.common import aot_autograd
-from triton.backends.compiler import GPUTarget
-from innerq_compile import ops
-from innerq_compile.config import InnerQConfig
-from innerq_compile.kernels import triton as kernels
-from innerq_compile.layout import allocate_state
-
-
-class Driver:
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-
-triton.runtime.driver.set_active(Driver())
-kernels.is_on_gpu = lambda args: True
-kernels.register_decompositions()
-config, capacity = InnerQConfig(), 1024
-
-
 def step(query, key, value, mask, *state):
     ops.append_kv(key, value, *state, capacity, config.spec)
     return ops.decode_attention(query, *state, mask, 0.125, capacity, config.spec)
@@ -162,10 +151,6 @@ except Seen:
 
 def test_one_graph_of_kernels_serves_every_batch_size() -> None:
     """What torch makes of a second batch size in a process: sizes are symbols, also to the launchers."""
-    pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-P", "-c", SYMBOLIC], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    append, attention, combine = done.stdout.splitlines()
+    append, attention, combine = printed_on_a_gpu(SYMBOLIC)
     assert "k_codes_ptr" in append
     assert (attention, combine) == ("stats_ptr sums_ptr", "out_ptr")
