@@ -70,9 +70,9 @@ def error_budget(query, state, mask, sm_scale, config, capacity, *, exact):
     32 terms as large as a code and its offset, whose last bits a matrix unit may cut off instead of rounding (2 eps);
     there the query is rounded to float16 too, relative to itself and, where it is subnormal, to its row's largest.
     2^x is wrong by 2 ulp and its argument by one. Packed weights are rounded to float16 and meet values in such sums.
-    The windows of a 16-bit model are multiplied in its own dtype: query and weights are rounded to it. Exact, query and
-    weights are cut into three pieces of 8 or 11 bits, the last of which ends 2^-39 below the largest; the codes of
-    packed tiles have no offset then, and sums are no longer than D + 8 products of the largest pieces.
+    The windows of a 16-bit model are multiplied in its own dtype: query and weights are rounded to it.
+    Exact, the codes of packed tiles have no offset, and query and weights are cut into three pieces of 11 bits, which
+    loses 2^-33 of a number or 2^-39 of the largest; weights of a bfloat16 model's windows into three of 8 (2^-24).
     """
     batch, q_heads, q_len, head_dim = query.shape
     keys, values = reference.dequantize_kv(state, config, capacity, torch.float64)
@@ -85,14 +85,12 @@ def error_budget(query, state, mask, sm_scale, config, capacity, *, exact):
     largest = keys.abs() + 2 * state.key_center.double().abs().unsqueeze(2)
     score_error = (head_dim + 8) * 2 * EPS32 * (q.abs() @ largest.transpose(2, 3))
     window_error = torch.full_like(scores, own)
-    if not exact:
-        normed = q * state.key_norm.double().unsqueeze(2)
-        decoded = (keys - state.key_center.double().unsqueeze(2)) / state.key_norm.double().unsqueeze(2)
-        rounding = EPS16 / 2 * normed.abs() + 2.0**-25 * normed.abs().amax(-1, keepdim=True)
-        sums = 2 * 34 * EPS32 * LARGEST_OFFSET * normed.abs() @ key_steps.transpose(2, 3)
-        score_error = score_error + torch.where(packed, rounding @ decoded.abs().transpose(2, 3) + sums, 0.0)
-    else:
-        score_error = score_error + (2.0**-24 * q.abs() + 2.0**-38 * q.abs().amax(-1, keepdim=True)) @ largest.mT
+    normed = (q * state.key_norm.double().unsqueeze(2)).abs()
+    decoded = (keys - state.key_center.double().unsqueeze(2)) / state.key_norm.double().unsqueeze(2)
+    relative, of_largest = (2.0**-33, 2.0**-39) if exact else (EPS16 / 2, 2.0**-25)
+    rounding = relative * normed + of_largest * normed.amax(-1, keepdim=True)
+    sums = 0.0 if exact else 2 * 34 * EPS32 * LARGEST_OFFSET * normed @ key_steps.transpose(2, 3)
+    score_error = score_error + torch.where(packed, rounding @ decoded.abs().transpose(2, 3) + sums, 0.0)
     bias = torch.zeros((), dtype=torch.float64, device=DEVICE) if mask is None else mask
     if bias.dtype == torch.bool:
         bias = torch.where(bias, 0.0, float("-inf")).double()
@@ -108,10 +106,8 @@ def error_budget(query, state, mask, sm_scale, config, capacity, *, exact):
     weights = (scores - scores.amax(-1, keepdim=True)).exp().nan_to_num(0.0)
     score_error = score_error + 2 * EPS32 * scores.abs().nan_to_num(0.0, 0.0, 0.0) + 4 * EPS32
     wrong = weights * (score_error.clamp(max=50).exp() - 1)
-    if not exact:
-        wrong = wrong + torch.where(packed, weights * EPS16 / 2 + 2.0**-25, weights * window_error)
-    else:
-        wrong = wrong + weights * 2.0**-24 + 2.0**-38
+    cut = 2.0**-24 * weights + 2.0**-39 if exact else weights * window_error
+    wrong = wrong + torch.where(packed, relative * weights + of_largest, cut)
     wrong = wrong.masked_fill(scores.isneginf(), 0.0)
     total = weights.sum(-1, keepdim=True)
     out = weights @ values / total
