@@ -1,4 +1,4 @@
-"""The command line: ``innerq demo | generate | explain | env``."""
+"""The command line: ``innerq demo | generate | eval | explain | env``."""
 
 from __future__ import annotations
 
@@ -111,6 +111,31 @@ def generate(
         f"with compilation; cache {facts['cache_bytes'] / 1e6:.2f} MB]",
         file=sys.stderr,
     )
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[
+        str, typer.Option(help='A causal language model: a directory, a name that transformers knows, or "smollm2".')
+    ] = "smollm2",
+    preset: Annotated[
+        list[str] | None, typer.Option(help="Preset to measure; may be repeated. All by default.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="What is read: api, manual, code, or a UTF-8 file.")] = "api",
+    tokens: Annotated[int, typer.Option(min=256, help="Tokens of it.")] = 2560,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the first call; they are not scored.")] = 512,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what each preset costs in quality: KL, perplexity and agreement against full precision."""
+    from innerq_compile.demo.run import ALL_PRESETS
+    from innerq_compile.evaluation.report import evaluate_presets
+
+    _quiet_transformers()
+    with _user_errors():
+        result = evaluate_presets(
+            model, preset or ALL_PRESETS, text, tokens, prompt_tokens, progress=sys.stderr.isatty() or not as_json
+        )
+    print(json.dumps(result.to_json()) if as_json else result)
 
 
 @app.command()

@@ -38,8 +38,9 @@ ALLOWED = {
     "export": {"config", "layout", "quant", "reference", "ops", "cache", "report", "passes", "kernels", "backend"},
     "demo": {"config", "layout", "quant", "reference", "ops", "cache", "report", "passes", "kernels", "backend"},
 }
+ALLOWED["evaluation"] = {"cache", "demo", "kernels"}
 ALLOWED["demo"] |= {"explainer", "fold", "generation"}
-ALLOWED["cli"] = {*ALLOWED["export"], "explainer", "generation", "export", "demo", "__init__"}
+ALLOWED["cli"] = {*ALLOWED["export"], "explainer", "generation", "export", "demo", "evaluation", "__init__"}
 
 PACKAGE_FILE_LINES = 400
 KERNEL_FILE_LINES = 500
