@@ -1,6 +1,6 @@
 """The three ops that stand in a graph: schema, shape function and default implementation (the reference).
 
-Torch only. Kernels attach themselves to a device key of the same ops later; nothing here knows them.
+Torch only. Kernels attach themselves to a device key of the same ops, with the first call on such a device.
 ``innerq`` ops take a layer's buffers flat, in the order of :class:`~innerq_compile.layout.LayerState`, and the settings
 as the string :attr:`InnerQConfig.spec <innerq_compile.config.InnerQConfig.spec>`.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -110,15 +111,18 @@ DEFAULTS: dict[str, Callable[..., Any]] = {
 }
 """Op -> default implementation: what a kernel calls for a cache that it does not serve."""
 
-_BEFORE_FIRST_CALL: dict[str, Callable[[], object]] = {}
+KERNELS = {"cpu": "innerq_compile.kernels.cpu", "cuda": "innerq_compile.kernels.triton"}
+"""Device type -> the module that has kernels for it. Its ``unavailable()`` attaches them, or warns and says why not.
+
+By name, and imported with the first op on such a device: whoever imports the ops, however, gets the kernels, and this
+module stays light."""
 
 
-def before_first_call(device_type: str, attach: Callable[[], object]) -> None:
-    """Has ``attach`` called before the first op on a device: kernels that are built on first use attach themselves.
-
-    Once per device type; a second call does nothing.
-    """
-    _BEFORE_FIRST_CALL.setdefault(device_type, functools.cache(attach))
+@functools.cache
+def attach_kernels(device_type: str) -> None:
+    """Attaches the kernels of a device, if it has any; a second call does nothing."""
+    if device_type in KERNELS:
+        import_module(KERNELS[device_type]).unavailable()
 
 
 def _default(name: str) -> Callable[..., Any]:
@@ -127,9 +131,9 @@ def _default(name: str) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         device_type = next(x.device.type for x in args if isinstance(x, torch.Tensor))
-        if device_type in _BEFORE_FIRST_CALL and device_type not in attached:
+        if device_type in KERNELS and device_type not in attached:
             attached.add(device_type)
-            _BEFORE_FIRST_CALL[device_type]()
+            attach_kernels(device_type)
             return getattr(torch.ops.innerq, name).default(*args)
         return DEFAULTS[name](*args)
 
