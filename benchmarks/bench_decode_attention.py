@@ -276,7 +276,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    cpu.register()
     if cpu.unavailable():
         raise SystemExit(f"the CPU kernels cannot be built: {cpu.unavailable()}")
     read = load_stream_read()

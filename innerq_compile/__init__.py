@@ -39,10 +39,6 @@ def __getattr__(name: str) -> object:
     if name not in _OWNER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_OWNER[name]}"), name)
-    if name == "InnerQCache":
-        # The cache is to be fast without any compilation too. This builds nothing before the first token.
-        import_module(f"{__name__}.kernels.cpu").register()
-        import_module(f"{__name__}.kernels.triton").register()
     globals()[name] = value
     return value
 

@@ -1,6 +1,6 @@
 """The three ops that stand in a graph: schema, shape function and default implementation (the reference).
 
-Torch only. Kernels attach themselves to a device key of the same ops later; nothing here knows them.
+Torch only. Kernels attach themselves to a device key of the same ops, with the first call on such a device.
 ``innerq`` ops take a layer's buffers flat, in the order of :class:`~innerq_compile.layout.LayerState`, and the settings
 as the string :attr:`InnerQConfig.spec <innerq_compile.config.InnerQConfig.spec>`.
 """
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
 
 from innerq_compile import reference
+from innerq_compile.arguments import check_append_kv, check_counts, check_decode_attention, check_dequantize_kv
 from innerq_compile.config import InnerQConfig
 from innerq_compile.layout import SLOTS, LayerState
 
@@ -34,19 +36,25 @@ _library.define(
 
 def _append_kv(key: torch.Tensor, value: torch.Tensor, *args: object) -> None:
     state, capacity, config = _split(args)
+    check_append_kv(key, value, state, capacity, config)
+    _check_counts(state, capacity, config)
     check_overflow(state, key.shape[2], capacity)
     reference.append_kv(key, value, state, config)
 
 
 def _dequantize_kv(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
     state, capacity, config = _split(args)
+    check_dequantize_kv(state, capacity, config)
+    _check_counts(state, capacity, config)
     return reference.dequantize_kv(state, config, capacity)
 
 
 def _decode_attention(query: torch.Tensor, *args: object) -> torch.Tensor:
     *buffers, attn_mask, sm_scale, capacity, spec = args[: len(_BUFFERS) + 4]
     state = LayerState(*buffers)  # type: ignore[arg-type]
-    config = InnerQConfig.from_spec(spec)
+    config = InnerQConfig.from_spec(spec)  # type: ignore[arg-type]
+    check_decode_attention(query, state, attn_mask, sm_scale, capacity, config)  # type: ignore[arg-type]
+    _check_counts(state, capacity, config)  # type: ignore[arg-type]
     return reference.decode_attention(query, state, attn_mask, sm_scale, config, capacity)  # type: ignore[arg-type]
 
 
@@ -68,6 +76,11 @@ def _decode_attention_fake(query: torch.Tensor, *args: object) -> torch.Tensor:
 def _split(args: tuple[object, ...]) -> tuple[LayerState, int, InnerQConfig]:
     *buffers, capacity, spec = args
     return LayerState(*buffers), capacity, InnerQConfig.from_spec(spec)  # type: ignore[arg-type,return-value]
+
+
+def _check_counts(state: LayerState, capacity: int, config: InnerQConfig) -> None:
+    if state.counts.device.type == "cpu":
+        check_counts(state, capacity, config)
 
 
 def check_overflow(state: LayerState, num_new: int, capacity: int) -> None:
@@ -98,15 +111,18 @@ DEFAULTS: dict[str, Callable[..., Any]] = {
 }
 """Op -> default implementation: what a kernel calls for a cache that it does not serve."""
 
-_BEFORE_FIRST_CALL: dict[str, Callable[[], object]] = {}
+KERNELS = {"cpu": "innerq_compile.kernels.cpu", "cuda": "innerq_compile.kernels.triton"}
+"""Device type -> the module that has kernels for it. Its ``unavailable()`` attaches them, or warns and says why not.
+
+By name, and imported with the first op on such a device: whoever imports the ops, however, gets the kernels, and this
+module stays light."""
 
 
-def before_first_call(device_type: str, attach: Callable[[], object]) -> None:
-    """Has ``attach`` called before the first op on a device: kernels that are built on first use attach themselves.
-
-    Once per device type; a second call does nothing.
-    """
-    _BEFORE_FIRST_CALL.setdefault(device_type, functools.cache(attach))
+@functools.cache
+def attach_kernels(device_type: str) -> None:
+    """Attaches the kernels of a device, if it has any; a second call does nothing."""
+    if device_type in KERNELS:
+        import_module(KERNELS[device_type]).unavailable()
 
 
 def _default(name: str) -> Callable[..., Any]:
@@ -115,9 +131,9 @@ def _default(name: str) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         device_type = next(x.device.type for x in args if isinstance(x, torch.Tensor))
-        if device_type in _BEFORE_FIRST_CALL and device_type not in attached:
+        if device_type in KERNELS and device_type not in attached:
             attached.add(device_type)
-            _BEFORE_FIRST_CALL[device_type]()
+            attach_kernels(device_type)
             return getattr(torch.ops.innerq, name).default(*args)
         return DEFAULTS[name](*args)
 

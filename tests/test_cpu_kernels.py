@@ -154,7 +154,9 @@ def new_tokens(state, count, generator, scale=1.0):
 
 def assert_same_bytes(ours, theirs, what=""):
     for name, a, b in zip(LayerState._fields, ours, theirs, strict=True):
-        # A zero's sign carries no meaning, a scale's does.
+        # A zero's sign carries no meaning, a scale's does, nor do the other bits of a model's NaN.
+        if name.endswith("window"):
+            a, b = (x.masked_fill(x.isnan(), float("nan")) for x in (a, b))
         a, b = (x if name.endswith(("zeros", "center")) else x.view(torch.uint8) for x in (a, b))
         assert torch.equal(a, b), f"{name} differs in {(a != b).sum()} of {a.numel()} places {what}"
 
@@ -241,7 +243,8 @@ def test_centers_and_norms_of_keys(load_kernels, isa, first, options):
     for a, b in zip(ours, reference.dequantize_kv(state, config, CAPACITY), strict=True):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
     if isa == "native":
-        state.k_window.nan_to_num_(0.0, 0.0, 0.0)
+        for buffer in (state.k_window, state.k_scales):
+            buffer.nan_to_num_(0.0, 0.0, 0.0)
         query = torch.randn(2, 8, 2, 64, generator=generator).bfloat16()
         check_attention(kernels, config, state, query, None, 0.125)
 
@@ -268,6 +271,80 @@ def test_a_constant_and_a_hostile_token_do_not_disturb_the_others(load_kernels):
         keys, values = reference.dequantize_kv(state, config, CAPACITY)
         assert keys[:, :, 200:300].isfinite().all()
         assert values[:, :, 200:300].isfinite().all()
+        assert keys[1, 0, 50, :32].isnan().all() == (state is not states["huge"])
+
+
+NAN, INF = float("nan"), float("inf")
+HOSTILE = [
+    # row, head, token, channel, number: in the sink, packed (token 100 in block 2, 300 in block 8), in the recent window
+    ("key", 0, 0, 100, 3, INF),
+    ("key", 0, 1, 7, 5, NAN),
+    ("key", 1, 1, 495, 5, NAN),
+    ("value", 1, 0, 300, 9, -INF),
+    ("value", 1, 0, 6, 8, INF),
+    ("value", 1, 1, 100, 9, NAN),
+    ("value", 0, 0, 490, 40, NAN),
+]
+
+
+@pytest.mark.parametrize("isa", PATHS)
+@pytest.mark.parametrize("mode", MODES)
+def test_numbers_that_are_not_finite_spoil_what_the_reference_says_and_nothing_else(load_kernels, isa, mode):
+    kernels = load_kernels(isa)
+    config = InnerQConfig(key_mode=mode, value_mode=mode, key_bits=3, value_bits=4)
+    dtype = DTYPES[MODES.index(mode)]
+    clean, spoiled, theirs = (new_state(config, dtype) for _ in range(3))
+    tokens = dict(zip(("key", "value"), new_tokens(clean, 500, torch.Generator().manual_seed(0)), strict=True))
+    for name, *place, _ in HOSTILE:
+        tokens[name][tuple(place)] = 0.0  # so that key norm and center are those of the other tokens
+    kernels.append_kv(*tokens.values(), *clean, CAPACITY, config.spec)
+    for name, *place, number in HOSTILE:
+        tokens[name][tuple(place)] = number
+    kernels.append_kv(*tokens.values(), *spoiled, CAPACITY, config.spec)
+    reference.append_kv(*tokens.values(), theirs, config)
+    assert_same_bytes(spoiled, theirs)
+    for a, b in zip(
+        kernels.dequantize_kv(*spoiled, CAPACITY, config.spec),
+        reference.dequantize_kv(spoiled, config, CAPACITY),
+        strict=True,
+    ):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
+
+    hidden = torch.ones(2, 1, 1, CAPACITY, dtype=torch.bool)
+    hidden[..., [5, 6, 7, 490, 495]] = False  # what stays visible of the others is what the windows hold
+    hidden[0, ..., 96:128] = hidden[1, ..., 288:320] = False
+    bias = torch.zeros(2, 8, 3, CAPACITY)
+    bias[:, ::2, 1:] = torch.where(hidden, 0.0, -INF)
+    bias[1, 3, 1, 20] = NAN
+    query = torch.randn(2, 8, 3, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    query[1, 7, 2, 11] = NAN
+    query[0, 6, 0, 3] = -INF
+    for mask, exact in itertools.product((None, hidden, bias), (True, False)):
+        if isa in ARM_FLAGS and mask is not None:
+            continue
+        before = kernels.decode_attention(query, *clean, mask, 0.125, CAPACITY, config.spec, exact)
+        after = kernels.decode_attention(query, *spoiled, mask, 0.125, CAPACITY, config.spec, exact)
+        wanted = reference.decode_attention(query, spoiled, mask, 0.125, config, CAPACITY)
+        assert torch.equal(after.isnan(), wanted.isnan())
+        assert torch.equal(after.isinf(), wanted.isinf())
+        assert 0 < wanted.isfinite().sum() < wanted.numel()
+        assert torch.equal(after[wanted.isfinite()], before[wanted.isfinite()])
+
+
+@pytest.mark.parametrize("isa", runnable_paths())
+def test_an_infinite_key_in_the_window_hides_its_token_or_spoils_the_row_as_in_sdpa(load_kernels, isa):
+    kernels, config = load_kernels(isa), InnerQConfig()
+    state = new_state(config, batch=1)
+    key, value = new_tokens(state, 40, torch.Generator().manual_seed(0))
+    key[0, 0, 20, 5] = INF
+    kernels.append_kv(key, value, *state, CAPACITY, config.spec)
+    query = torch.randn(1, 8, 1, 64, generator=torch.Generator().manual_seed(1))
+    query[0, :2, 0, 5] = torch.tensor([1.0, -1.0])
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.125, enable_gqa=True)
+    assert 0 < wanted[0, :4].isnan().sum() < 4 * 64
+    for exact in (True, False):
+        out = kernels.decode_attention(query, *state, None, 0.125, CAPACITY, config.spec, exact)
+        torch.testing.assert_close(out, wanted, equal_nan=True)
 
 
 def test_overflow_is_refused_before_anything_is_written(load_kernels):
@@ -279,6 +356,100 @@ def test_overflow_is_refused_before_anything_is_written(load_kernels):
         kernels.append_kv(key, value, *state, CAPACITY, config.spec)
     assert_same_bytes(state, before)
     kernels.append_kv(key[:, :, 1:], value[:, :, 1:], *state, CAPACITY, config.spec)
+
+
+def other_dtype(x):
+    return x.to(torch.int32 if x.dtype == torch.int64 else torch.float64 if x.dtype.itemsize == 4 else torch.int8)
+
+
+WRONG = {
+    "dtype": other_dtype,
+    "fewer rows": lambda x: x[:1],
+    "dimension": lambda x: x[None],
+    "empty": lambda x: x.new_empty(0),
+    "other order of axes": lambda x: x.transpose(0, -1).contiguous(),
+    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "device": lambda x: x.to("meta"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_every_operand_that_does_not_fit_is_refused_by_name(load_kernels, wrong):
+    kernels, config = load_kernels(), InnerQConfig.from_preset("base", value_mode="hybrid")
+    state = filled_state(kernels, config, 300, dtype=torch.bfloat16, head_dim=64, batch=3)
+    before = copy_of(state)
+    key, value = (torch.randn(3, 2, 1, 64).bfloat16() for _ in range(2))
+    query, mask = torch.randn(3, 4, 1, 64).bfloat16(), torch.zeros(3, 4, 1, CAPACITY)
+    spec, spoil = config.spec, WRONG[wrong]
+    for index, name in enumerate(LayerState._fields):
+        if name == "k_zeros" and wrong in ("other order of axes", "empty", "fewer rows", "strided"):
+            continue  # without numbers it has no order
+        bad = list(state)
+        bad[index] = spoil(bad[index])
+        for call in (
+            lambda bad=bad: kernels.append_kv(key, value, *bad, CAPACITY, spec),
+            lambda bad=bad: kernels.dequantize_kv(*bad, CAPACITY, spec),
+            lambda bad=bad: kernels.decode_attention(query, *bad, None, 1.0, CAPACITY, spec),
+        ):
+            with pytest.raises((ValueError, NotImplementedError), match="must|head_dim|meta|Meta"):
+                call()
+    for name, call in (
+        ("keys", lambda: kernels.append_kv(spoil(key), value, *state, CAPACITY, spec)),
+        ("values", lambda: kernels.append_kv(key, spoil(value), *state, CAPACITY, spec)),
+        ("query", lambda: kernels.decode_attention(spoil(query), *state, None, 1.0, CAPACITY, spec)),
+    ):
+        if wrong != "strided":
+            with pytest.raises((ValueError, NotImplementedError), match=f"{name}|meta"):
+                call()
+    for bad_mask in (mask.int(), mask[:2], mask[..., :-1], mask[None], mask[:, :3]):
+        with pytest.raises(ValueError, match="attn_mask must"):
+            kernels.decode_attention(query, *state, bad_mask, 1.0, CAPACITY, spec)
+    assert_same_bytes(state, before)
+
+
+def test_a_float32_query_keys_or_window_beside_a_bfloat16_cache_are_refused(load_kernels):
+    kernels, config = load_kernels(), InnerQConfig()
+    state = filled_state(kernels, config, 300, dtype=torch.bfloat16)
+    x, query = torch.randn(2, 2, 1, 64), torch.randn(2, 4, 1, 64)
+    with pytest.raises(ValueError, match="keys must be torch.bfloat16 on cpu as the cache is, got torch.float32"):
+        kernels.append_kv(x, x.bfloat16(), *state, CAPACITY, config.spec)
+    with pytest.raises(ValueError, match="query must be torch.bfloat16 on cpu as the cache is, got torch.float32"):
+        kernels.decode_attention(query, *state, None, 1.0, CAPACITY, config.spec)
+    mixed = state._replace(k_window=state.k_window.float())  # the value window is half as long as a float32 one
+    with pytest.raises(ValueError, match="v_window must be torch.float32"):
+        kernels.decode_attention(query, *mixed, None, 1.0, CAPACITY, config.spec)
+
+
+@pytest.mark.parametrize("column", ["slots", "quantized", "pads"])
+@pytest.mark.parametrize("count", [-1, -(2**40), 2**40, 2**63 - 1, 10_016, 320])
+def test_counts_that_no_cache_can_have_are_refused(load_kernels, column, count):
+    kernels, config = load_kernels(), InnerQConfig()
+    state = filled_state(kernels, config, 300)
+    state.counts[1, ("slots", "quantized", "pads").index(column)] = count
+    before = copy_of(state)
+    x, query = torch.randn(2, 2, 1, 64), torch.randn(2, 4, 1, 64)
+    for call in (
+        lambda: kernels.append_kv(x, x, *state, CAPACITY, config.spec),
+        lambda: kernels.dequantize_kv(*state, CAPACITY, config.spec),
+        lambda: kernels.decode_attention(query, *state, None, 1.0, CAPACITY, config.spec),
+    ):
+        with pytest.raises(ValueError, match=r"counts of row 1 must be \(slots, quantized, pads\)"):
+            call()
+    assert_same_bytes(state, before)
+
+
+@pytest.mark.parametrize("capacity", [0, -5, 10**13, 800])
+def test_a_capacity_that_the_buffers_do_not_have_is_refused(load_kernels, capacity):
+    kernels, config = load_kernels(), InnerQConfig()
+    state = filled_state(kernels, config, 100)
+    x, query = torch.randn(2, 2, 1, 64), torch.randn(2, 4, 1, 64)
+    for call in (
+        lambda: kernels.append_kv(x, x, *state, capacity, config.spec),
+        lambda: kernels.dequantize_kv(*state, capacity, config.spec),
+        lambda: kernels.decode_attention(query, *state, None, 1.0, capacity, config.spec),
+    ):
+        with pytest.raises(ValueError, match=f"capacity must be positive .* got {capacity}"):
+            call()
 
 
 def test_tensors_that_do_not_fit_are_refused(load_kernels):
@@ -483,8 +654,6 @@ from innerq_compile.config import InnerQConfig
 from innerq_compile.kernels import cpu
 from innerq_compile.layout import allocate_state
 
-cpu.register()
-cpu.register()
 config = InnerQConfig()
 state, other = (
     allocate_state(config, batch_size=1, num_kv_heads=1, head_dim=64, capacity=400, dtype=torch.float32, device="cpu")

@@ -54,7 +54,7 @@ class Context:
             if self.seconds_left() < 0:
                 return False
             time.sleep(0.05)
-        self.deadline = time.monotonic() + float(go.read_text() or "0")
+        self.deadline = time.monotonic() + float(go.read_text())
         return True
 
 
@@ -63,7 +63,7 @@ BROKEN = "GPU_SUITE_BROKEN"
 
 
 def use_kernels() -> None:
-    """Attaches the Triton kernels to the ops.
+    """Attaches the Triton kernels to the ops, as the first call of one would.
 
     Raises:
         RuntimeError: They cannot be used: the suite would check and measure the reference.
@@ -72,7 +72,6 @@ def use_kernels() -> None:
 
     if reason := triton.unavailable():
         raise RuntimeError(reason)
-    triton.register()
 
 
 def use_interpreter() -> None:

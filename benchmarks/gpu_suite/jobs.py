@@ -69,7 +69,10 @@ class Job:
     def go(self, seconds: float) -> None:
         """Gives a held process the GPU for this long."""
         self.began, self.seconds = time.monotonic(), seconds + 10
-        self.gate.with_suffix(".go").write_text(str(seconds))
+        # Whole or not there: the process reads it as soon as it sees it.
+        unfinished = self.gate.with_suffix(".unfinished")
+        unfinished.write_text(str(seconds))
+        unfinished.replace(self.gate.with_suffix(".go"))
 
     def end(self, status: str) -> None:
         """Kills the process if it still runs."""

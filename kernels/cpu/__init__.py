@@ -1,6 +1,6 @@
 """CPU kernels in C++: append_kv, dequantize_kv and decode_attention at the speed of memory.
 
-Importing this package or calling :func:`register` builds nothing; the first op call on the CPU does (see
+Importing this package builds nothing; the first op call on the CPU does, through :func:`unavailable` (see
 :mod:`.build`). From then on the dispatcher calls C++ directly.
 """
 
@@ -12,14 +12,9 @@ import warnings
 
 from innerq_compile import ops
 from innerq_compile.kernels.cpu import build
-from innerq_compile.kernels.cpu.settings import read_settings, unsupported
+from innerq_compile.kernels.cpu.settings import SLOWER, read_settings, unsupported
 
-__all__ = ["attach", "register", "unavailable", "unsupported"]
-
-
-def register() -> None:
-    """Lets the first ``innerq`` op on the CPU build and attach the kernels; a second call does nothing."""
-    ops.before_first_call("cpu", unavailable)
+__all__ = ["attach", "description", "unavailable", "unsupported"]
 
 
 @functools.cache
@@ -28,9 +23,29 @@ def unavailable() -> str | None:
     try:
         attach(ops.NAMESPACE)
     except build.BuildError as error:
-        warnings.warn(f"innerq: the CPU kernels are off and the slow reference runs instead: {error}", stacklevel=4)
+        warnings.warn(
+            f"innerq: the CPU kernels are off, and the reference, which is right but {SLOWER}, runs instead: {error}. "
+            "Install a C++ compiler such as g++, or name one: CXX=...",
+            stacklevel=4,
+        )
         return str(error)
     return None
+
+
+def description() -> str:
+    """Which kernels the CPU runs, in words: instruction set and threads, or the reason why there are none.
+
+    Builds them if that was not tried yet.
+    """
+    reason = unavailable()
+    if reason:
+        return f"reference, because {reason}"
+    name = build.load().innerq_instruction_set
+    name.restype = ctypes.c_char_p
+    threads = (
+        "torch's OpenMP" if build.torch_omp_parallel() else "threads of its own (torch's OpenMP has no GOMP entry)"
+    )
+    return f"C++ for {name().decode()}, {threads}"
 
 
 def attach(namespace: str, isa: str | None = None) -> None:

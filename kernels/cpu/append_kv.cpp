@@ -13,8 +13,7 @@ namespace {
 constexpr float FP16_MAX = 65504.0f;
 constexpr float KEY_NORM_EPS = 0x1p-10f;
 
-INNERQ_INLINE Ints is_finite(Floats x) { return (Ints)abs(x) < 0x7f800000; }
-INNERQ_INLINE Floats keep_finite(Floats x) { return is_finite(x) ? x : Floats{}; }
+constexpr uint16_t HALF_NAN = 0x7e00;
 
 INNERQ_INLINE HalfWords to_stored(Floats x) {
     return to_half(min(max(x, broadcast(-FP16_MAX)), broadcast(FP16_MAX)));
@@ -108,23 +107,27 @@ INNERQ_INLINE void pack(const Words (*units)[8], int bits, uint8_t* p) {
     }
 }
 
-// Quantizes and packs x[inner][outer], 32 x 32 finite numbers: 128 * bits bytes, 32 scales, 32 zeros or none.
+// Quantizes and packs x[inner][outer], 32 x 32 numbers: 128 * bits bytes, 32 scales, 32 zeros or none. A group with a
+// number that is not finite has scale NaN, zero and codes 0.
 void quantize_tile(const float (*x)[BLOCK], const TensorSpec& spec, uint8_t* tile, Half* scales, Half* zeros) {
     for (int sub = 0; sub < SUBS; sub++) {
         Words units[2][8];
         for (int half = 0; half < 2; half++) {
             int outer = half * 16 + sub * LANES;
             Floats column[BLOCK];
-            for (int i = 0; i < BLOCK; i++) column[i] = load_floats(&x[i][outer]);
+            Ints finite = Ints{} - 1;
+            for (int i = 0; i < BLOCK; i++) finite &= is_finite(load_floats(&x[i][outer]));
+            for (int i = 0; i < BLOCK; i++) column[i] = finite ? load_floats(&x[i][outer]) : Floats{};
             Quantized q;
             if (spec.mode == SYMMETRIC) quantize_symmetric(column, spec, q);
             if (spec.mode == ASYMMETRIC) quantize_asymmetric(column, spec, q);
             if (spec.mode == HYBRID) quantize_hybrid(column, spec, q);
-            store(scales + outer, q.scale);
-            if (zeros) store(zeros + outer, q.zero);
+            HalfWords narrow = low_halves((Words)finite);
+            store(scales + outer, (q.scale & narrow) | (HALF_NAN & ~narrow));
+            if (zeros) store(zeros + outer, q.zero & narrow);
             for (int quad = 0; quad < 8; quad++) {
                 const Words* c = q.codes + 4 * quad;
-                units[half][quad] = c[0] | c[1] << 8 | c[2] << 16 | c[3] << 24;
+                units[half][quad] = (c[0] | c[1] << 8 | c[2] << 16 | c[3] << 24) & (Words)finite;
             }
         }
         pack(units, spec.bits, tile + sub * VB);
@@ -213,7 +216,6 @@ template <class T> struct Append {
                     Floats k = load_floats(key + c);
                     int64_t d = tile * BLOCK + c;
                     if (changes_keys()) k = (k - load_floats(center + d)) / load_floats(norm + d);
-                    k = keep_finite(k);
                     for (int i = 0; i < LANES; i++) x[c + i][t] = k[i];
                 }
             }
@@ -229,7 +231,7 @@ template <class T> struct Append {
             alignas(VB) float x[BLOCK][BLOCK];
             for (int t = 0; t < BLOCK; t++) {
                 const T* value = leaving(1, row, b, h, first + t) + tile * BLOCK;
-                for (int c = 0; c < BLOCK; c += LANES) store(&x[t][c], keep_finite(load_floats(value + c)));
+                for (int c = 0; c < BLOCK; c += LANES) store(&x[t][c], load_floats(value + c));
             }
             quantize_tile(x, g.value, p.codes + tile * 128 * g.value.bits, p.scales + tile * BLOCK,
                           p.zeros ? p.zeros + tile * BLOCK : nullptr);
@@ -367,6 +369,24 @@ void dequantize_kv(const Geometry& g, const DequantizeRequest& r) {
     if (g.dtype == FLOAT32) dequantize<float>(g, r);
     if (g.dtype == BFLOAT16) dequantize<BFloat>(g, r);
     if (g.dtype == FLOAT16) dequantize<Half>(g, r);
+}
+
+const char* instruction_set() {
+#if defined(INNERQ_AVX512) && defined(__GFNI__)
+    return "AVX-512 VNNI and GFNI";
+#elif defined(INNERQ_AVX512)
+    return "AVX-512 VNNI";
+#elif defined(INNERQ_AVX2) && defined(__AVXVNNI__)
+    return "AVX-VNNI";
+#elif defined(INNERQ_AVX2)
+    return "AVX2";
+#elif defined(INNERQ_ARM) && defined(__ARM_FEATURE_MATMUL_INT8)
+    return "Arm NEON with 8-bit matrices";
+#elif defined(INNERQ_ARM)
+    return "Arm NEON with dot products";
+#else
+    return "any CPU (no vector instructions that are known here)";
+#endif
 }
 
 }  // namespace innerq

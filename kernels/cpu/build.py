@@ -5,7 +5,9 @@ here runs at import.
 
 Environment:
     CXX: compiler to use; otherwise the first of g++, clang++, c++ that is installed.
-    INNERQ_CACHE_DIR: where libraries are kept (default: ``$XDG_CACHE_HOME/innerq`` or ``~/.cache/innerq``).
+    INNERQ_CACHE_DIR: where libraries are kept (default: ``$XDG_CACHE_HOME/innerq`` or ``~/.cache/innerq``). What lies
+        there is executed, so a folder that others can write to, or that belongs to neither this user nor root, is not
+        used; a private one under the temporary folder is, after a warning.
     INNERQ_CXXFLAGS: further compiler flags, such as a sanitizer's.
     INNERQ_CPU_ISA: ``native`` (default), or a lower path of :data:`ISA_FLAGS`, for tests and comparisons.
 """
@@ -21,7 +23,9 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,16 +80,29 @@ def load(isa: str | None = None, extra_flags: tuple[str, ...] = ()) -> ctypes.CD
 def _load(isa: str, extra_flags: tuple[str, ...]) -> ctypes.CDLL:
     compiler = find_compiler()
     flags = (*FLAGS, *ISA_FLAGS[isa], *extra_flags)
-    path = cache_dir() / f"innerq_cpu_{_fingerprint(compiler, flags)}.so"
+    path = library_path(f"innerq_cpu_{_fingerprint(compiler, flags)}.so")
     try:
-        if not path.exists():
-            with _only_builder(path):
-                if not path.exists():
-                    _build(compiler, flags, path)
-        library = ctypes.CDLL(str(path))
+        with contextlib.suppress(OSError):
+            return _open(path)
+        # It is not there, or what is there does not load: cut short, or made for another machine.
+        with _only_builder(path):
+            with contextlib.suppress(OSError):
+                return _open(path)  # another process has built it meanwhile
+            _build(compiler, flags, path)
+            return _open(path)
     except OSError as error:
         raise BuildError(f"the kernel library cannot be stored or loaded: {error}") from error
-    return library
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """Loads a library that :func:`_build` finished; the loader may crash on one that was cut short.
+
+    Raises:
+        OSError: There is none, it is not what was built, or the loader refuses it.
+    """
+    if path.with_suffix(".sha256").read_text() != hashlib.sha256(path.read_bytes()).hexdigest():
+        raise OSError(f"{path} is damaged")
+    return ctypes.CDLL(str(path))
 
 
 def find_compiler() -> tuple[str, ...]:
@@ -106,8 +123,36 @@ def find_compiler() -> tuple[str, ...]:
     raise BuildError("no C++ compiler is installed (looked for g++, clang++, c++; CXX names another)")
 
 
+def library_path(name: str) -> Path:
+    """Where a library lies, or is to be built: in :func:`cache_dir`, or, after a warning, in a private temporary folder.
+
+    The latter where there is no home directory, as for the arbitrary user ids of containers, or it cannot be used.
+    """
+    try:
+        folder = cache_dir()
+        reason = _unusable(folder, name)
+    except RuntimeError as error:
+        reason = str(error).rstrip(".")
+    if not reason:
+        return folder / name
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    fallback = Path(tempfile.gettempdir()) / f"innerq-{user}"
+    if _unusable(fallback, name):
+        fallback = Path(tempfile.mkdtemp(prefix="innerq-"))
+    warnings.warn(
+        f"innerq: the built CPU kernels are kept in {fallback}, because {reason}. Set the environment variable "
+        "INNERQ_CACHE_DIR to a folder that only you can write to.",
+        stacklevel=6,
+    )
+    return fallback / name
+
+
 def cache_dir() -> Path:
-    """Folder of the built libraries (see the module's docstring)."""
+    """Folder of the built libraries (see the module's docstring).
+
+    Raises:
+        RuntimeError: No environment variable names one, and the user has no home directory.
+    """
     chosen = os.environ.get("INNERQ_CACHE_DIR")
     if chosen:
         return Path(chosen)
@@ -115,12 +160,29 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "innerq"
 
 
+def _unusable(folder: Path, name: str) -> str | None:
+    """Why a library may not be loaded from a folder, which is made if it is missing, or cannot be built in it."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError as error:
+        return f"{folder} cannot be used: {error.strerror}"
+    if hasattr(os, "getuid"):
+        if found.st_uid not in (os.getuid(), 0):
+            return f"{folder} belongs to another user (uid {found.st_uid})"
+        if found.st_mode & 0o022:
+            return f"others can write to {folder} (chmod go-w {folder} forbids it)"
+    if not (folder / name).exists() and not os.access(folder, os.W_OK | os.X_OK):
+        return f"{folder} cannot be written to"
+    return None
+
+
 def _fingerprint(compiler: tuple[str, ...], flags: tuple[str, ...]) -> str:
-    """Hash of everything that decides the library's content: sources, flags, compiler, torch and CPU."""
+    """Hash of everything that decides the library's content: sources, flags, compiler, libc, torch and CPU."""
     digest = hashlib.sha256()
     for path in sorted([*SOURCE_DIR.glob("*.cpp"), *SOURCE_DIR.glob("*.h")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    digest.update(repr((compiler, flags, SOURCES, LINK_FLAGS, torch.__version__)).encode())
+    digest.update(repr((compiler, flags, SOURCES, LINK_FLAGS, torch.__version__, platform.libc_ver())).encode())
     digest.update(_run((*compiler, "--version")).encode())
     # What "native" means: a cache on a shared disk may serve several machines.
     native = _run((*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull))
@@ -131,7 +193,6 @@ def _fingerprint(compiler: tuple[str, ...], flags: tuple[str, ...]) -> str:
 @contextlib.contextmanager
 def _only_builder(path: Path) -> Iterator[None]:
     """Lets other processes that want the same library wait for it, where the file system has locks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as file:
         with contextlib.suppress(ImportError, OSError):
             import fcntl  # POSIX only
@@ -152,9 +213,11 @@ def _build(compiler: tuple[str, ...], flags: tuple[str, ...], path: Path) -> Non
 
         with ThreadPoolExecutor() as pool:
             objects = list(pool.map(compile_one, SOURCES.items()))
-        library = f"{folder}/{path.name}"
-        _run((*compiler, *flags, "-shared", *objects, *LINK_FLAGS, "-o", library))
+        library, digest = Path(folder, path.name), Path(folder, "sha256")
+        _run((*compiler, *flags, "-shared", *objects, *LINK_FLAGS, "-o", str(library)))
+        digest.write_text(hashlib.sha256(library.read_bytes()).hexdigest())
         os.replace(library, path)
+        os.replace(digest, path.with_suffix(".sha256"))
 
 
 def _run(command: tuple[str, ...]) -> str:
@@ -178,7 +241,8 @@ def torch_omp_parallel() -> ctypes.c_void_p:
 
     Linking one of our own could bring a second runtime, with a second set of threads, into the process.
     """
+    suffix = "dylib" if sys.platform == "darwin" else "so"
     try:
-        return ctypes.cast(ctypes.CDLL(str(TORCH / "lib" / "libtorch_cpu.so")).GOMP_parallel, ctypes.c_void_p)
+        return ctypes.cast(ctypes.CDLL(str(TORCH / "lib" / f"libtorch_cpu.{suffix}")).GOMP_parallel, ctypes.c_void_p)
     except (OSError, AttributeError):
         return ctypes.c_void_p(None)

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <thread>
+#include <vector>
 
 #include "kernels.h"
 #include "simd.h"
@@ -106,7 +108,9 @@ template <class Body> void parallel_for(int64_t threads, int64_t items, const Bo
         std::atomic<int64_t> started;
         Run runs[MAX_THREADS];
     };
-    threads = omp_parallel ? std::clamp<int64_t>(threads, 1, std::min(items, MAX_THREADS)) : 1;
+    // Starting a thread costs as much as a few items.
+    int64_t most = omp_parallel ? items : items / 4;
+    threads = std::clamp<int64_t>(threads, 1, std::max<int64_t>(std::min(most, MAX_THREADS), 1));
     if (threads <= 1) {
         for (int64_t i = 0; i < items; i++) body(i);
         return;
@@ -124,7 +128,11 @@ template <class Body> void parallel_for(int64_t threads, int64_t items, const Bo
             for (int64_t i; (i = run.next.fetch_add(1, std::memory_order_relaxed)) < run.end;) job.body(i);
         }
     };
-    omp_parallel(work, &job, static_cast<unsigned>(threads), 0);
+    if (omp_parallel) return omp_parallel(work, &job, static_cast<unsigned>(threads), 0);
+    std::vector<std::thread> started;
+    for (int64_t t = 1; t < threads; t++) started.emplace_back(static_cast<void (*)(void*)>(work), &job);
+    work(&job);
+    for (std::thread& thread : started) thread.join();
 }
 
 }  // namespace innerq

@@ -81,7 +81,10 @@ bool append_kv(const Geometry&, const AppendRequest&);
 void dequantize_kv(const Geometry&, const DequantizeRequest&);
 void decode_attention(const Geometry&, const AttentionRequest&);
 
-// The OpenMP runtime that torch itself runs on, so that a process never has two; null: one thread.
+// What the kernels were compiled for, in words.
+const char* instruction_set();
+
+// The OpenMP runtime that torch itself runs on, so that a process never has two; null: threads that a call starts.
 using OmpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 inline OmpParallel omp_parallel = nullptr;
 

@@ -1,7 +1,8 @@
 // The torch side: the kernels registered with the dispatcher, which spares every call the way through Python.
 //
-// What the kernels do not serve goes to the ops' default implementation, as if there were no kernels. So does an append
-// that does not fit, which then raises the error.
+// What the kernels do not serve goes to the ops' default implementation, as if there were no kernels. So does a call
+// whose arguments are wrong, or an append that does not fit: there the error is raised, with words. So everything that
+// becomes an address is checked here first (innerq_compile/arguments.py has the same checks).
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
@@ -88,30 +89,57 @@ struct Arguments {
     }
 };
 
-// Geometry and addresses of a layer's buffers; false if the kernels do not serve such a layer.
-bool read_layer(const Arguments& args, const std::string& config, Geometry& g, Buffers& buffers) {
+// What a tensor must be before its memory is touched.
+bool is_form(const Tensor& x, at::ScalarType dtype, at::IntArrayRef shape) {
+    return x.defined() && x.scalar_type() == dtype && x.is_cpu() && x.layout() == at::kStrided && x.sizes() == shape;
+}
+
+// A boolean or additive mask that can be expanded to `shape`.
+bool is_mask(const Tensor& x, at::IntArrayRef shape) {
+    if (!x.defined() || !x.is_cpu() || x.layout() != at::kStrided || x.dim() > (int64_t)shape.size()) return false;
+    for (int64_t i = 1; i <= x.dim(); i++) {
+        if (x.size(-i) != 1 && x.size(-i) != shape[shape.size() - i]) return false;
+    }
+    return x.scalar_type() == at::kBool || at::isFloatingType(x.scalar_type());
+}
+
+// Counts that lie inside the buffers, in every row.
+bool counts_fit(const Geometry& g, const int64_t* counts, int64_t capacity) {
+    for (int64_t row = 0; row < g.batch; row++, counts += 3) {
+        int64_t slots = counts[0], quantized = counts[1], pads = counts[2];
+        if (slots < 0 || slots > capacity || pads < 0 || pads > capacity || quantized < 0) return false;
+        int64_t behind_sink = std::max<int64_t>(slots - pads - g.sink, 0);
+        if (quantized > std::min(behind_sink, g.blocks * 32) || quantized % g.flush != 0) return false;
+        if (behind_sink - quantized >= g.recent + g.flush) return false;
+    }
+    return true;
+}
+
+// Geometry and addresses of a layer's buffers; false if the kernels do not serve such a layer or something is wrong.
+bool read_layer(const Arguments& args, const std::string& config, int64_t capacity, Geometry& g, Buffers& buffers) {
     const Tensor &window = args.buffer(K_WINDOW), &codes = args.buffer(K_CODES);
-    if (window.dim() != 4 || codes.dim() != 5) return false;
+    if (!window.defined() || !codes.defined() || window.dim() != 4 || codes.dim() != 5) return false;
     g.dtype = dtype_of(window);
-    if (g.dtype == OTHER_DTYPE) return false;
     const Known& k = known(config, window.size(3), g.dtype);
     if (!k.served) return false;
     static_cast<Settings&>(g) = k.settings;
     g.batch = window.size(0), g.heads = window.size(1), g.head_dim = window.size(3), g.blocks = codes.size(2);
-    int64_t heads = g.batch * g.heads, numbers = heads * g.blocks * g.head_dim;
-    int64_t windows = heads * (g.sink + g.recent + g.flush) * g.head_dim;
-    int64_t expected[NUM_BUFFERS];
-    expected[K_CODES] = numbers * 4 * g.key.bits, expected[V_CODES] = numbers * 4 * g.value.bits;
-    expected[K_SCALES] = expected[V_SCALES] = numbers;
-    expected[K_ZEROS] = g.key.mode == SYMMETRIC ? 0 : numbers;
-    expected[V_ZEROS] = g.value.mode == SYMMETRIC ? 0 : numbers;
-    expected[K_WINDOW] = expected[V_WINDOW] = windows;
-    expected[KEY_NORM] = expected[KEY_CENTER] = heads * g.head_dim;
-    expected[COUNTS] = 3 * g.batch;
+    int64_t b = g.batch, h = g.heads, n = g.blocks, d = g.head_dim, tiles = d / 32, none[] = {0};
+    int64_t key_codes[] = {b, h, n, tiles, 128 * g.key.bits}, value_codes[] = {b, h, n, tiles, 128 * g.value.bits};
+    int64_t key_groups[] = {b, h, n, tiles, 32}, value_groups[] = {b, h, n, d}, channels[] = {b, h, d};
+    int64_t windows[] = {b, h, g.sink + g.recent + g.flush, d}, rows[] = {b, 3};
+    using Shape = at::IntArrayRef;
+    const Shape shapes[NUM_BUFFERS] = {
+        key_codes, key_groups, g.key.mode == SYMMETRIC ? Shape(none) : Shape(key_groups), windows,
+        value_codes, value_groups, g.value.mode == SYMMETRIC ? Shape(none) : Shape(value_groups), windows,
+        channels, channels, rows};
+    const at::ScalarType model = window.scalar_type(), dtypes[NUM_BUFFERS] = {
+        at::kByte, at::kHalf, at::kHalf, model, at::kByte, at::kHalf, at::kHalf, model,
+        at::kFloat, at::kFloat, at::kLong};
     void* address[NUM_BUFFERS];
     for (int i = 0; i < NUM_BUFFERS; i++) {
         const Tensor& buffer = args.buffer(i);
-        if (!buffer.is_contiguous() || buffer.numel() != expected[i]) return false;
+        if (!is_form(buffer, dtypes[i], shapes[i]) || !buffer.is_contiguous()) return false;
         address[i] = const_cast<void*>(buffer.const_data_ptr());
     }
     buffers = {static_cast<uint8_t*>(address[K_CODES]), static_cast<Half*>(address[K_SCALES]),
@@ -120,7 +148,8 @@ bool read_layer(const Arguments& args, const std::string& config, Geometry& g, B
                static_cast<Half*>(address[V_ZEROS]),    address[V_WINDOW],
                static_cast<float*>(address[KEY_NORM]),  static_cast<float*>(address[KEY_CENTER]),
                static_cast<int64_t*>(address[COUNTS])};
-    return true;
+    int64_t packed = std::max<int64_t>((capacity - g.sink - g.recent) / g.flush, 1) * g.flush;
+    return capacity > 0 && packed <= g.blocks * 32 && counts_fit(g, buffers.counts, capacity);
 }
 
 // The op's default implementation: what a device without kernels of its own runs.
@@ -140,20 +169,19 @@ void append_kv_op(const c10::OperatorHandle& op, c10::DispatchKeySet, c10::Stack
     Geometry g;
     AppendRequest request;
     const Tensor &window = args.buffer(K_WINDOW), &key = args.tensor(0), &value = args.tensor(1);
-    bool served = key.scalar_type() == window.scalar_type() && value.scalar_type() == window.scalar_type();
-    if (!served || !read_layer(args, args.after_buffers(1).toStringRef(), g, request.buffers)) {
+    request.capacity = args.after_buffers(0).toSymInt().expect_int();
+    if (!read_layer(args, args.after_buffers(1).toStringRef(), request.capacity, g, request.buffers)) {
         return run_default(op, *stack);
     }
-    auto fits = [&](const Tensor& x) {
-        return x.dim() == 4 && x.size(0) == g.batch && x.size(1) == g.heads && x.size(3) == g.head_dim;
-    };
-    TORCH_CHECK_VALUE(fits(key) && key.sizes() == value.sizes(), "keys and values must both have shape [", g.batch,
-                      ", ", g.heads, ", tokens, ", g.head_dim, "] to fit the cache, got ", key.sizes(), " and ",
-                      value.sizes());
+    if (key.dim() != 4) return run_default(op, *stack);
+    int64_t shape[] = {g.batch, g.heads, key.size(2), g.head_dim};
+    if (!is_form(key, window.scalar_type(), shape) || !is_form(value, window.scalar_type(), shape)) {
+        return run_default(op, *stack);
+    }
     Tensor keys = rows_contiguous(key), values = rows_contiguous(value);
     request.key = keys.const_data_ptr(), request.value = values.const_data_ptr();
     request.key_strides = keys.strides().data(), request.value_strides = values.strides().data();
-    request.num_new = keys.size(2), request.capacity = args.after_buffers(0).toSymInt().expect_int();
+    request.num_new = keys.size(2);
     request.threads = at::get_num_threads();
     if (!append_kv(g, request)) return run_default(op, *stack);
     args.finish();
@@ -164,8 +192,10 @@ void dequantize_kv_op(const c10::OperatorHandle& op, c10::DispatchKeySet, c10::S
     Arguments args(*stack, NUM_BUFFERS + 2, 0);
     Geometry g;
     DequantizeRequest request;
-    if (!read_layer(args, args.after_buffers(1).toStringRef(), g, request.buffers)) return run_default(op, *stack);
     request.capacity = args.after_buffers(0).toSymInt().expect_int();
+    if (!read_layer(args, args.after_buffers(1).toStringRef(), request.capacity, g, request.buffers)) {
+        return run_default(op, *stack);
+    }
     const Tensor& window = args.buffer(K_WINDOW);
     Tensor keys = new_tensor({g.batch, g.heads, request.capacity, g.head_dim}, window);
     Tensor values = new_tensor({g.batch, g.heads, request.capacity, g.head_dim}, window);
@@ -181,20 +211,24 @@ void decode_attention_op(const c10::OperatorHandle& op, c10::DispatchKeySet, c10
     Geometry g;
     AttentionRequest request;
     const Tensor &given = args.tensor(0), &window = args.buffer(K_WINDOW);
-    bool served = given.scalar_type() == window.scalar_type();
-    if (!served || !read_layer(args, args.after_buffers(3).toStringRef(), g, request.buffers)) {
+    request.capacity = args.after_buffers(2).toSymInt().expect_int();
+    if (!read_layer(args, args.after_buffers(3).toStringRef(), request.capacity, g, request.buffers)) {
         return run_default(op, *stack);
     }
-    TORCH_CHECK_VALUE(given.dim() == 4 && given.size(0) == g.batch && given.size(3) == g.head_dim &&
-                          given.size(1) % g.heads == 0,
-                      "query must have shape [", g.batch, ", a multiple of ", g.heads, ", tokens, ", g.head_dim,
-                      "] to fit the cache, got ", given.sizes());
+    if (given.dim() != 4) return run_default(op, *stack);
+    int64_t shape[] = {g.batch, given.size(1), given.size(2), g.head_dim};
+    if (!is_form(given, window.scalar_type(), shape) || given.size(1) == 0 || given.size(1) % g.heads != 0) {
+        return run_default(op, *stack);
+    }
+    int64_t mask_shape[] = {g.batch, given.size(1), given.size(2), request.capacity};
+    if (!args.after_buffers(0).isNone() && !is_mask(args.after_buffers(0).toTensor(), mask_shape)) {
+        return run_default(op, *stack);
+    }
     Tensor query = rows_contiguous(given), out = new_tensor(query.sizes(), query), mask;
     request.query = query.const_data_ptr(), request.query_strides = query.strides().data();
     request.out = out.mutable_data_ptr();
     request.q_heads = query.size(1), request.q_len = query.size(2);
     request.sm_scale = args.after_buffers(1).toDouble();
-    request.capacity = args.after_buffers(2).toSymInt().expect_int();
     request.exact = args.after_buffers(4).toBool();
     request.threads = at::get_num_threads();
     request.mask = nullptr, request.mask_strides = nullptr, request.mask_kind = CAUSAL;
@@ -202,7 +236,7 @@ void decode_attention_op(const c10::OperatorHandle& op, c10::DispatchKeySet, c10
         const Tensor& any = args.after_buffers(0).toTensor();
         request.mask_kind = any.scalar_type() == at::kBool ? BOOLEAN : ADDITIVE;
         mask = request.mask_kind == BOOLEAN ? any : any.to(at::kFloat);
-        mask = mask.expand({g.batch, request.q_heads, request.q_len, request.capacity});
+        mask = mask.expand(mask_shape);
         request.mask = mask.const_data_ptr(), request.mask_strides = mask.strides().data();
     }
     decode_attention(g, request);
@@ -224,6 +258,8 @@ void attach(const std::string& name, size_t leading) {
 
 }  // namespace
 }  // namespace innerq
+
+extern "C" INNERQ_EXPORT const char* innerq_instruction_set() { return innerq::instruction_set(); }
 
 // Attaches the kernels to the CPU key of the three ops of a namespace; returns 0, or 1 with a reason.
 extern "C" INNERQ_EXPORT int innerq_register(const char* ops_namespace, innerq::ReadSettings read,

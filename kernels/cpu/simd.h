@@ -82,6 +82,22 @@ INNERQ_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 INNERQ_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
 INNERQ_INLINE Floats abs(Floats v) { return (Floats)((Ints)v & 0x7fffffff); }
 
+INNERQ_INLINE Ints is_finite(Floats v) { return (Ints)abs(v) < 0x7f800000; }
+INNERQ_INLINE Ints not_below_infinity(Floats v) { return ~(v < __builtin_inff()); }  // NaN is not either
+
+// Whether any bit of any lane is set.
+INNERQ_INLINE bool any_set(Ints v) {
+#if defined(INNERQ_AVX512)
+    return _mm512_test_epi32_mask((__m512i)v, (__m512i)v);
+#elif defined(INNERQ_AVX2)
+    return !_mm256_testz_si256((__m256i)v, (__m256i)v);
+#else
+    int32_t any = 0;
+    for (int i = 0; i < LANES; i++) any |= v[i];
+    return any;
+#endif
+}
+
 INNERQ_INLINE float sum_lanes(Floats v) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += v[i];

@@ -1,6 +1,6 @@
 """Triton kernels for CUDA and ROCm (torch calls both devices ``cuda``): append_kv, dequantize_kv, decode_attention.
 
-Importing this package or calling :func:`register` imports no Triton; the first op on such a device does. A call of an
+Importing this package imports no Triton; the first op on such a device does, through :func:`unavailable`. A call of an
 op then runs its launcher, registered under the CUDA key. In a graph on its way into Inductor the op is decomposed into
 its kernels instead (:func:`register_decompositions`), as ``torch.library.triton_op`` would do it: Inductor puts the
 kernels into its own code, sees which buffers they write, and packs them into an AOTInductor package, which then needs
@@ -21,18 +21,13 @@ import torch
 from innerq_compile import ops
 from innerq_compile.layout import LayerState
 
-__all__ = ["register", "register_decompositions", "unavailable"]
+__all__ = ["register_decompositions", "unavailable"]
 
 OPS: dict[str, int] = {"append_kv": 2, "dequantize_kv": 0, "decode_attention": 1}
 """Ops that have kernels here -> their arguments before the cache's buffers, tensors all. The module of an op's name
 holds the launcher of that name, with the op's arguments."""
 
 _libraries: list[torch.library.Library] = []  # a registration lasts as long as its library
-
-
-def register() -> None:
-    """Lets the first ``innerq`` op on a GPU attach the kernels; a second call does nothing."""
-    ops.before_first_call("cuda", unavailable)
 
 
 @functools.cache
