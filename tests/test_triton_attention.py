@@ -201,6 +201,24 @@ def test_a_row_that_may_attend_to_nothing_is_zero():
         assert (out[0] != 0).any()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("beyond", [1, 1000])
+def test_attention_over_a_row_that_has_lost_tokens_is_nan(masked, beyond):
+    """Whatever the mask hides, and in no other row."""
+    config, capacity = InnerQConfig(), 300
+    state = filled_state(config, capacity, pads=2, heads=2, batch=3)
+    mask = torch.arange(capacity, device=DEVICE).expand(3, 1, 2, -1) < 10 if masked else None
+    query = queries(3, 4, 2, 32)
+    for exact in (False, True):
+        state.counts[1, SLOTS] = capacity
+        clean = launcher.decode_attention(query, *state, mask, 0.2, capacity, config.spec, exact)
+        state.counts[1, SLOTS] += beyond
+        got = launcher.decode_attention(query, *state, mask, 0.2, capacity, config.spec, exact)
+        wanted = reference.decode_attention(query, state, mask, 0.2, config, capacity)
+        assert got[1].isnan().all() and wanted[1].isnan().all()
+        assert torch.equal(got[::2], clean[::2]) and wanted[::2].isfinite().all()
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_hostile_query_spoils_only_its_own_row(poison):
     config = InnerQConfig()

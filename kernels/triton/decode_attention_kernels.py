@@ -97,7 +97,7 @@ def decode_attention_kernel(
         _attend_windows(
             query_rows, k_window_ptr + window, v_window_ptr + window, mask_ptr, mask_rows, stride_ms,
             sums_ptr, stats_ptr, out_rows, row_exists, end, limit, scale,
-            (split - num_splits) * (32 * NB), held, blocks, HEAD_DIM, SINK, RING,
+            (split - num_splits) * (32 * NB), held, blocks, slots <= capacity, HEAD_DIM, SINK, RING,
             MASK, MASK_SHARED, EXACT, WIDEN, NB, RT,
         )  # fmt: skip
     else:
@@ -249,11 +249,14 @@ def _stages(head_dim, group, k_bits, k_mode, v_bits, v_mode, exact, rows, asm):
 @triton.jit
 def _attend_windows(
     query_rows, k_window_ptr, v_window_ptr, mask_ptr, mask_rows, stride_ms,
-    sums_ptr, stats_ptr, out_rows, row_exists, end, limit, scale, first_slot, held, blocks,
+    sums_ptr, stats_ptr, out_rows, row_exists, end, limit, scale, first_slot, held, blocks, is_whole,
     HEAD_DIM: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr, MASK: tl.constexpr, MASK_SHARED: tl.constexpr,
     EXACT: tl.constexpr, WIDEN: tl.constexpr, NB: tl.constexpr, RT: tl.constexpr,
 ):  # fmt: skip
-    """Slots [first_slot, first_slot + 32 * NB) of the windows, in the order in which they lie in memory."""
+    """Slots [first_slot, first_slot + 32 * NB) of the windows, in the order in which they lie in memory.
+
+    Every row has such a split, so this is where one that has lost tokens (not ``is_whole``) gets weights that are NaN.
+    """
     TILES: tl.constexpr = HEAD_DIM // 32
     DTYPE: tl.constexpr = tl.float32 if WIDEN else k_window_ptr.dtype.element_ty
     CUT: tl.constexpr = EXACT and not WIDEN
@@ -280,6 +283,7 @@ def _attend_windows(
         values = tl.load(v_window_ptr + slot[:, None, :] * HEAD_DIM + channels, mask=is_held[:, None, :], other=0.0)
         sums = times_pieces(values.to(DTYPE), pieces, tl.zeros([NB, 32, RT], tl.float32)) * (1.0 / LARGEST_WEIGHT)
         _store_sums(sums_ptr, sums, largest, out_rows, row_exists, t * 32 + lane, HEAD_DIM)
+    weights = tl.where(is_whole, weights, float("nan"))
     _store_stats(stats_ptr, weights, largest, out_rows, row_exists)
 
 
@@ -421,7 +425,8 @@ def combine_kernel(
     sums_ptr, stats_ptr, counts_ptr, out_ptr, num_heads, num_blocks, num_splits, num_window_splits, out_rows,
     HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, NB: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Merges the splits of one query row: ``out`` [B, Hq, M, D]; 0 for a row that attends to nothing.
+    """Merges the splits of one query row: ``out`` [B, Hq, M, D]; 0 for a row that attends to nothing, NaN where the
+    weights of a split are.
 
     Grid (R, B * H), R = ``out_rows`` rows per key-value head. CHANNELS: HEAD_DIM, made a power of two.
     """
@@ -447,6 +452,6 @@ def combine_kernel(
         sums = sums * rescale + tl.sum(part * factor[:, None], 0)
         total = total * rescale + tl.sum(weight * factor, 0)
         largest = new
-    result = tl.where(total > 0, sums / total, 0.0)
+    result = tl.where(total != 0.0, sums / total, 0.0)
     row = head * out_rows + tl.program_id(0)
     tl.store(out_ptr + row * HEAD_DIM + channels, result.to(out_ptr.dtype.element_ty), mask=channels < HEAD_DIM)
