@@ -89,28 +89,37 @@ def allocate_state(
     reason = unsupported_head_dim(config, head_dim)
     if reason:
         raise ValueError(reason)
-    blocks, g = num_blocks(config, capacity), config.group_size
+    blocks = num_blocks(config, capacity)
+    forms = buffer_forms(
+        config, batch_size=batch_size, num_kv_heads=num_kv_heads, head_dim=head_dim, blocks=blocks, dtype=dtype
+    )
+    state = LayerState(**{name: torch.zeros(shape, dtype=kind, device=device) for name, (shape, kind) in forms.items()})
+    state.key_norm.fill_(1.0)
+    return state
+
+
+def buffer_forms(
+    config: InnerQConfig, *, batch_size: int, num_kv_heads: int, head_dim: int, blocks: int, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every buffer of a :class:`LayerState` with ``blocks`` storage blocks, by name and in order."""
+    g = config.group_size
     lead = (batch_size, num_kv_heads)
     k_groups = (*lead, blocks, head_dim // g, BLOCK)
     v_groups = (*lead, blocks * BLOCK // g, head_dim)
     window = (*lead, config.sink + config.ring, head_dim)
-
-    def zeros(shape: tuple[int, ...], kind: torch.dtype) -> torch.Tensor:
-        return torch.zeros(shape, dtype=kind, device=device)
-
-    return LayerState(
-        k_codes=zeros((*lead, blocks, head_dim // BLOCK, 128 * config.key_bits), torch.uint8),
-        k_scales=zeros(k_groups, torch.float16),
-        k_zeros=zeros(k_groups if config.key_spec.stores_zeros else (0,), torch.float16),
-        k_window=zeros(window, dtype),
-        v_codes=zeros((*lead, blocks, head_dim // BLOCK, 128 * config.value_bits), torch.uint8),
-        v_scales=zeros(v_groups, torch.float16),
-        v_zeros=zeros(v_groups if config.value_spec.stores_zeros else (0,), torch.float16),
-        v_window=zeros(window, dtype),
-        key_norm=torch.ones((*lead, head_dim), dtype=torch.float32, device=device),
-        key_center=zeros((*lead, head_dim), torch.float32),
-        counts=zeros((batch_size, 3), torch.int64),
-    )
+    return {
+        "k_codes": ((*lead, blocks, head_dim // BLOCK, 128 * config.key_bits), torch.uint8),
+        "k_scales": (k_groups, torch.float16),
+        "k_zeros": (k_groups if config.key_spec.stores_zeros else (0,), torch.float16),
+        "k_window": (window, dtype),
+        "v_codes": ((*lead, blocks, head_dim // BLOCK, 128 * config.value_bits), torch.uint8),
+        "v_scales": (v_groups, torch.float16),
+        "v_zeros": (v_groups if config.value_spec.stores_zeros else (0,), torch.float16),
+        "v_window": (window, dtype),
+        "key_norm": ((*lead, head_dim), torch.float32),
+        "key_center": ((*lead, head_dim), torch.float32),
+        "counts": ((batch_size, 3), torch.int64),
+    }
 
 
 def unsupported_head_dim(config: InnerQConfig, head_dim: int) -> str | None:

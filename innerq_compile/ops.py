@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from innerq_compile import reference
+from innerq_compile.arguments import check_append_kv, check_counts, check_decode_attention, check_dequantize_kv
 from innerq_compile.config import InnerQConfig
 from innerq_compile.layout import SLOTS, LayerState
 
@@ -34,19 +35,25 @@ _library.define(
 
 def _append_kv(key: torch.Tensor, value: torch.Tensor, *args: object) -> None:
     state, capacity, config = _split(args)
+    check_append_kv(key, value, state, capacity, config)
+    _check_counts(state, capacity, config)
     check_overflow(state, key.shape[2], capacity)
     reference.append_kv(key, value, state, config, capacity)
 
 
 def _dequantize_kv(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
     state, capacity, config = _split(args)
+    check_dequantize_kv(state, capacity, config)
+    _check_counts(state, capacity, config)
     return reference.dequantize_kv(state, config, capacity)
 
 
 def _decode_attention(query: torch.Tensor, *args: object) -> torch.Tensor:
     *buffers, attn_mask, sm_scale, capacity, spec = args[: len(_BUFFERS) + 4]
     state = LayerState(*buffers)  # type: ignore[arg-type]
-    config = InnerQConfig.from_spec(spec)
+    config = InnerQConfig.from_spec(spec)  # type: ignore[arg-type]
+    check_decode_attention(query, state, attn_mask, sm_scale, capacity, config)  # type: ignore[arg-type]
+    _check_counts(state, capacity, config)  # type: ignore[arg-type]
     return reference.decode_attention(query, state, attn_mask, sm_scale, config, capacity)  # type: ignore[arg-type]
 
 
@@ -68,6 +75,11 @@ def _decode_attention_fake(query: torch.Tensor, *args: object) -> torch.Tensor:
 def _split(args: tuple[object, ...]) -> tuple[LayerState, int, InnerQConfig]:
     *buffers, capacity, spec = args
     return LayerState(*buffers), capacity, InnerQConfig.from_spec(spec)  # type: ignore[arg-type,return-value]
+
+
+def _check_counts(state: LayerState, capacity: int, config: InnerQConfig) -> None:
+    if state.counts.device.type == "cpu":
+        check_counts(state, capacity, config)
 
 
 def check_overflow(state: LayerState, num_new: int, capacity: int) -> None:
