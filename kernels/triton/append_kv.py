@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from innerq_compile import ops
+from innerq_compile.arguments import check_append_kv
 from innerq_compile.config import BLOCK, ROPE_PAIRS
 from innerq_compile.kernels.triton.blocks import load_values, plan_row, quantize_keys, quantize_values
 from innerq_compile.kernels.triton.key_norm import (
@@ -32,7 +33,6 @@ from innerq_compile.kernels.triton.launch import (
     SIZES,
     Launch,
     channel_slice,
-    check_new_tokens,
     quant_constants,
     rows_contiguous,
     run,
@@ -268,12 +268,12 @@ def append_kv(key: torch.Tensor, value: torch.Tensor, *args: Any, launch: Launch
     """See :func:`innerq_compile.reference.append_kv`.
 
     Raises:
-        ValueError: Keys or values do not fit the cache.
+        ValueError: Keys or values do not fit the cache, or its buffers each other.
     """
     state, capacity, config = split(args)
-    if not serves(state, key, value):
+    check_append_kv(key, value, state, capacity, config)
+    if not serves(state):
         return ops.DEFAULTS["append_kv"](key, value, *args)
-    check_new_tokens(key, value, state)
     num_new = key.shape[2]
     if num_new == 0:
         return None

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from innerq_compile import ops
+from innerq_compile.arguments import check_dequantize_kv
 from innerq_compile.config import BLOCK
 from innerq_compile.kernels.triton.division import rounded_product
 from innerq_compile.kernels.triton.groups import dequantize_groups, load_zeros
@@ -113,8 +114,13 @@ def dequantize_kv_kernel(
 
 
 def dequantize_kv(*args: Any, launch: Launch = run) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`innerq_compile.reference.dequantize_kv`."""
+    """See :func:`innerq_compile.reference.dequantize_kv`.
+
+    Raises:
+        ValueError: The buffers of the cache do not fit each other.
+    """
     state, capacity, config = split(args)
+    check_dequantize_kv(state, capacity, config)
     if not serves(state):
         return ops.DEFAULTS["dequantize_kv"](*args)
     batch, heads, _, head_dim = state.k_window.shape
