@@ -36,22 +36,29 @@ def quantize_groups(x: torch.Tensor, spec: TensorQuantSpec) -> QuantizedGroups:
     """Quantizes groups along the last axis.
 
     Args:
-        x: [..., g], any float dtype. Numbers that are not finite count as 0, so that one of them cannot spoil the
-            other tokens of its group.
+        x: [..., g], any float dtype.
         spec: Bits, mode and levels; ``g`` is taken from the shape.
 
     Returns:
         Codes against the *stored* (float16, saturated) scale and zero, rounded half to even.
         A group whose stored scale is zero dequantizes to its exact constant: 0, or its zero.
+        A group with a number that is not finite has scale NaN (the float16 0x7e00), codes and zero 0: it dequantizes
+        to NaN, so what attends to it is NaN and nobody takes a made-up number for a result.
     """
     x = x.float()
-    x = torch.where(torch.isfinite(x), x, 0.0)
+    finite = torch.isfinite(x).all(-1)
+    x = torch.where(finite.unsqueeze(-1), x, 0.0)
     if spec.mode == "symmetric":
-        return _quantize_symmetric(x, spec)
-    asymmetric = _quantize_asymmetric(x, spec)
-    if spec.mode == "asymmetric":
-        return asymmetric
-    return _pick_better(x, _quantize_symmetric(x, spec), asymmetric, spec)
+        groups = _quantize_symmetric(x, spec)
+    elif spec.mode == "asymmetric":
+        groups = _quantize_asymmetric(x, spec)
+    else:
+        groups = _pick_better(x, _quantize_symmetric(x, spec), _quantize_asymmetric(x, spec), spec)
+    return QuantizedGroups(
+        codes=torch.where(finite.unsqueeze(-1), groups.codes, 0),
+        scales=torch.where(finite, groups.scales, math.nan),
+        zeros=None if groups.zeros is None else torch.where(finite, groups.zeros, 0.0),
+    )
 
 
 def dequantize_groups(

@@ -2,6 +2,16 @@
 
 All functions work on any device without reading a value back to the host, so they are also the fallback
 implementation of the ops. Axis letters and buffers: see ``layout``.
+
+Numbers that are not finite behave as in ``scaled_dot_product_attention``, with one rule on top: what a row may not
+attend to cannot spoil it (there, a weight of 0 times NaN is NaN).
+
+- A query with NaN or infinity gives NaN in its own row; 0 if the row may attend to nothing.
+- In the windows a key's or value's NaN and infinity stay what they are. A NaN key makes NaN of every row that attends
+  to it, a value makes NaN or infinity of its channel in such a row.
+- A *packed* group with such a number is NaN as a whole: a key for the token that it belongs to, a value for its
+  channel in the 32 (``group_size``) tokens of the group. Other groups, channels, tokens, heads and rows keep their
+  exact codes. The key center and key norm of a row are made from its finite numbers.
 """
 
 from __future__ import annotations
@@ -118,17 +128,21 @@ def decode_attention(
     Args:
         query: [B, Hq, M, D]; query head h reads key-value head ``h // (Hq // H)``.
         attn_mask: bool (True = attend) or additive float, broadcastable to [B, Hq, M, capacity]; ``None`` means
-            causal: the query tokens are the last M of the cache. Empty slots and pads are never attended either way.
+            causal: the query tokens are the last M of the cache. Empty slots and pads are never attended either way,
+            nor is where an additive mask says ``-inf``.
         compute_dtype: float64 makes this the measuring stick for kernels.
 
     Returns:
-        [B, Hq, M, D] in the query's dtype; 0 for a query that may attend to nothing, NaN where tokens were lost.
+        [B, Hq, M, D] in the query's dtype; 0 for a query that may attend to nothing, NaN where tokens were lost. Numbers
+        that are not finite: see above.
     """
     batch, num_q_heads, q_len, head_dim = query.shape
     keys, values = dequantize_kv(state, config, capacity, compute_dtype)
     num_kv_heads = keys.shape[1]
     grouped = query.to(compute_dtype).reshape(batch, num_kv_heads, -1, head_dim)
-    scores = (sm_scale * grouped @ keys.transpose(2, 3)).reshape(batch, num_q_heads, q_len, capacity)
+    scores = sm_scale * grouped @ keys.transpose(2, 3)
+    scores = torch.where(torch.isfinite(grouped).all(-1, keepdim=True), scores, math.nan)
+    scores = scores.reshape(batch, num_q_heads, q_len, capacity)
 
     slot = torch.arange(capacity, device=query.device)
     slots, pads = state.counts[:, SLOTS, None], state.counts[:, PADS, None]
@@ -139,11 +153,24 @@ def decode_attention(
     elif attn_mask.dtype == torch.bool:
         visible = visible & attn_mask
     else:
-        scores = scores + attn_mask.to(compute_dtype)
-    scores = scores.masked_fill(~visible, float("-inf"))
-    probs = torch.softmax(scores, -1).nan_to_num(0.0)
-    out = (probs.reshape(batch, num_kv_heads, -1, capacity) @ values).reshape(query.shape)
-    return out.masked_fill(has_lost_tokens(state, capacity), math.nan).to(query.dtype)
+        bias = attn_mask.to(compute_dtype)
+        visible = visible & (bias != -math.inf)
+        scores = scores + bias
+    scores = scores.masked_fill(~visible, -math.inf)
+    sees_nothing = (scores == -math.inf).all(-1, keepdim=True)
+    probs = torch.softmax(scores, -1).masked_fill(sees_nothing, 0.0)
+    out = _weighted_sum(probs.reshape(batch, num_kv_heads, -1, capacity), values)
+    out = out.reshape(query.shape).masked_fill(has_lost_tokens(state, capacity), math.nan)
+    return out.to(query.dtype)
+
+
+def _weighted_sum(probs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """``probs @ values`` to which a token of weight 0 adds nothing, whatever its value: 0 times NaN would be NaN."""
+    out = probs @ torch.where(torch.isfinite(values), values, 0.0)
+    # NaN counts as both infinities, whose sum it is.
+    infinite = torch.cat([~(values < math.inf), ~(values > -math.inf)], -1).to(values.dtype)
+    up, down = ((probs > 0).to(values.dtype) @ infinite > 0).chunk(2, -1)
+    return out + torch.where(up, math.inf, 0.0) - torch.where(down, math.inf, 0.0)
 
 
 def crop_kv(state: LayerState, config: InnerQConfig, capacity: int, num_tokens: int) -> None:

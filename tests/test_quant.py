@@ -97,13 +97,16 @@ class TestDegenerateGroups:
         assert torch.isfinite(round_trip(x, spec_of(bits, mode, levels))).all()
 
     @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-    def test_what_is_not_finite_counts_as_zero_and_spoils_nothing(self, bits, mode, levels, poison):
+    def test_what_is_not_finite_makes_nan_of_its_group_and_of_no_other(self, bits, mode, levels, poison):
         spec = spec_of(bits, mode, levels)
         x = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
-        clean = x.clone()
-        clean[1, 5] = 0.0
+        clean = quantize_groups(x, spec)
         x[1, 5] = poison
-        assert torch.equal(round_trip(x, spec), round_trip(clean, spec))
+        codes, scales, zeros = quantize_groups(x, spec)
+        assert scales.view(torch.int16)[1] == 0x7E00 and not codes[1].any()
+        assert zeros is None or zeros[1] == 0
+        assert round_trip(x, spec)[1].isnan().all()
+        assert torch.equal(codes[::2], clean.codes[::2]) and torch.equal(scales[::2], clean.scales[::2])
 
     def test_error_is_at_most_half_a_step(self, bits, mode, levels):
         spec = spec_of(bits, mode, levels)

@@ -1,5 +1,7 @@
 """The oracle against the definition: replay of the history at every flush boundary, attention against float64."""
 
+import math
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -102,19 +104,22 @@ def test_left_padded_rows_hold_the_same_as_rows_alone(pads, make_history):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_poisoned_token_spoils_no_other_token_channel_or_row(poison):
-    config = InnerQConfig.from_preset("hybrid")
+@pytest.mark.parametrize("preset", ["hybrid", "base"])
+def test_a_poisoned_token_spoils_the_groups_it_is_in_and_nothing_else(poison, preset):
+    config = InnerQConfig.from_preset(preset, key_center="off")
     keys, values = random_kv(400, batch=2)
-    clean_keys, clean_values = keys.clone(), values.clone()
-    clean_keys[0, 0, 50, 3] = clean_values[0, 0, 50, 3] = 0.0
-    keys[0, 0, 50, 3] = values[0, 0, 50, 3] = poison
-    decoded = []
-    for k, v in ((keys, values), (clean_keys, clean_values)):
-        state = empty_state(config, batch=2)
-        reference.append_kv(k, v, state, config)
-        decoded.append(reference.dequantize_kv(state, config, 400))
-    for got, expected in zip(*decoded, strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    keys[0, 0, 50, 3] = values[0, 0, 50, 3] = 0.0  # so that the norm is the same with and without it
+    states = [empty_state(config, batch=2) for _ in range(2)]
+    for state in states:
+        reference.append_kv(keys, values, state, config)
+        keys[0, 0, 50, 3] = values[0, 0, 50, 3] = poison
+    clean, spoiled = (reference.dequantize_kv(state, config, 400) for state in states)
+    expected_keys, expected_values = (torch.zeros_like(x, dtype=torch.bool) for x in clean)
+    expected_keys[0, 0, 50] = True  # DIM is one group of channels
+    expected_values[0, 0, 32:64, 3] = True  # and these are one group of tokens
+    for before, after, expected in zip(clean, spoiled, (expected_keys, expected_values), strict=True):
+        assert torch.equal(after.isnan(), expected)
+        assert torch.equal(before[~expected], after[~expected])
 
 
 @pytest.mark.parametrize("cut", [1, 20, 96, 97, 110, 130, 200, 467, 468, 480, 500])
@@ -165,9 +170,66 @@ def test_a_poisoned_key_spoils_neither_center_nor_norm_nor_other_tokens(poison):
     assert torch.equal(states[0].key_center, states[1].key_center)
     assert torch.equal(states[0].key_norm, states[1].key_norm)
     clean, found = (reference.dequantize_kv(state, config, 800)[0] for state in states)
-    assert torch.isfinite(found).all()
     differs = (clean != found).nonzero()[:, 2].unique()
-    assert differs.tolist() == [50]
+    assert differs.tolist() == found.isnan().nonzero()[:, 2].unique().tolist() == [50]
+
+
+class TestNumbersThatAreNotFinite:
+    """Against torch's SDPA over the same tokens, in windows alone, where every number is the model's own."""
+
+    config = InnerQConfig.from_preset("base")
+
+    def attend(self, spoil, mask=None):
+        generator = torch.Generator().manual_seed(0)
+        query = torch.randn(2, 4, 3, DIM, generator=generator)
+        keys, values = (torch.randn(2, 2, 60, DIM, generator=generator) for _ in range(2))
+        spoil(query, keys, values)
+        state = empty_state(self.config, batch=2, capacity=60)
+        reference.append_kv(keys, values, state, self.config)
+        out = reference.decode_attention(query, state, mask, 0.2, self.config, 60)
+        return out, query, keys, values
+
+    @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("operand", ["query", "key", "value"])
+    def test_are_what_sdpa_makes_of_them(self, operand, poison):
+        def spoil(query, keys, values):
+            {"query": query[0, 1, 1], "key": keys[0, 1, 20], "value": values[0, 1, 20]}[operand][5] = poison
+
+        out, query, keys, values = self.attend(spoil)
+        causal = torch.ones(3, 60, dtype=torch.bool).tril(57)
+        wanted = torch.nn.functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=causal, scale=0.2, enable_gqa=True
+        )
+        assert not wanted.isfinite().all()
+        torch.testing.assert_close(out, wanted, equal_nan=True)
+
+    @pytest.mark.parametrize("kind", ["bool", "additive"])
+    def test_do_not_pass_a_mask_that_hides_their_token(self, kind):
+        def spoil(query, keys, values):
+            keys[0, 1, 20, 5], values[0, 0, 21, 7], values[1, 0, 22, 7] = math.nan, math.inf, math.nan
+
+        mask = torch.ones(1, 1, 1, 60, dtype=torch.bool)
+        mask[..., 20:23] = False
+        if kind == "additive":
+            mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+        out, query, keys, values = self.attend(spoil, mask)
+        torch.testing.assert_close(out, self.attend(lambda *_: None, mask)[0], rtol=0, atol=0)
+
+    def test_stay_behind_the_token_that_sees_them_first(self):
+        def spoil(query, keys, values):
+            values[0, 0, 59, 7] = math.nan  # the last of three query tokens
+
+        out, *_ = self.attend(spoil)
+        assert out.isnan().nonzero().tolist() == [[0, 0, 2, 7], [0, 1, 2, 7]]
+
+    def test_in_a_query_that_may_attend_to_nothing_give_zero(self):
+        def spoil(query, keys, values):
+            query[:, 0, 0, 0] = math.nan
+
+        mask = torch.ones(2, 1, 1, 60, dtype=torch.bool)
+        mask[0] = False
+        out, *_ = self.attend(spoil, mask)
+        assert out[0].eq(0).all() and out[1, 0, 0].isnan().all() and out[1, 1:].isfinite().all()
 
 
 CONFIGS = st.builds(
