@@ -133,8 +133,8 @@ def decode_attention(
         compute_dtype: float64 makes this the measuring stick for kernels.
 
     Returns:
-        [B, Hq, M, D] in the query's dtype; 0 for a query that may attend to nothing, NaN where tokens were lost. Numbers
-        that are not finite: see above.
+        [B, Hq, M, D] in the query's dtype; 0 for a query that may attend to nothing, NaN where tokens were lost.
+        Numbers that are not finite: see above.
     """
     batch, num_q_heads, q_len, head_dim = query.shape
     keys, values = dequantize_kv(state, config, capacity, compute_dtype)
