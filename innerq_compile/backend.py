@@ -16,7 +16,9 @@ import torch
 from torch import fx
 
 from innerq_compile.config import PRESETS, InnerQConfig
+from innerq_compile.overflow import checked
 from innerq_compile.passes import run_passes
+from innerq_compile.passes.appends import find_appends
 from innerq_compile.passes.capture_static_cache import capture_static_cache
 from innerq_compile.passes.dynamic_cache import find_dynamic_caches
 from innerq_compile.passes.fold_captured import fold_captured
@@ -62,6 +64,7 @@ def innerq(
     patches = {**mode_options(mode), **inductor}
     if own["key_norm"] == "folded":
         fold_captured(gm, example_inputs)
+    appends = find_appends(gm.graph)
     buffers = _rewrite(gm, own) if own["fuse"] else []
     if _needs_cpp_compiler(example_inputs) and not cpp_compiler_works():
         _tell_once_that_nothing_is_compiled()
@@ -74,6 +77,8 @@ def innerq(
 
         with analyses_remembered():
             compiled = compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[assignment]
+    if appends:
+        compiled = checked(compiled, appends)
     return watched(compiled, buffers) if buffers else compiled
 
 

@@ -14,7 +14,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 from innerq_compile.config import InnerQConfig
 from innerq_compile.folded import mark_of
 from innerq_compile.layer import MIN_CAPACITY, InnerQLayer
-from innerq_compile.layout import unsupported_head_dim
+from innerq_compile.layout import LayerState, unsupported_head_dim
+from innerq_compile.overflow import check_nothing_lost, check_room
 from innerq_compile.padding import ask, leading_pads, watch_masks
 from innerq_compile.rope import head_dim_of, rope_pairs_of
 from innerq_compile.storage import load_layers, read_header, save_layers
@@ -68,6 +69,7 @@ class InnerQCache(Cache):
             else:
                 layers.append(InnerQLayer(self.config, max_cache_len))
         super().__init__(layers=layers)
+        self._first_quantized = next((i for i, layer in enumerate(layers) if isinstance(layer, InnerQLayer)), None)
         self._awaits_first_tokens = True
         watch_masks()
 
@@ -83,9 +85,32 @@ class InnerQCache(Cache):
         """
         if self.max_cache_len is None and not torch.compiler.is_compiling():
             self._grow_for(query_length)
+        else:
+            self._check_room(query_length)
         if query_length > 1 or self._awaits_first_tokens:
             ask(self, query_length)
         return super().get_mask_sizes(query_length, layer_idx)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends keys and values [B, H, M, D] to a layer and returns those to attend to: :meth:`InnerQLayer.update`.
+
+        Raises:
+            RuntimeError: They do not fit the capacity, or tokens did not before; nothing was changed.
+        """
+        if layer_idx == self._first_quantized:
+            self._check_room(key_states.shape[2])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drops the last ``-tokens_to_remove`` tokens of every layer.
+
+        Raises:
+            RuntimeError: Tokens were lost because they did not fit; nothing was changed.
+        """
+        self._check_nothing_lost()
+        super().crop(tokens_to_remove)
 
     def set_padding(self, attention_mask: torch.Tensor | None) -> None:
         """Leaves the padding in front of each row out of the windows, key norms and scales.
@@ -126,8 +151,10 @@ class InnerQCache(Cache):
         """Writes the cache to a safetensors file; of the packed buffers only what is in use.
 
         Raises:
+            RuntimeError: Tokens were lost because they did not fit the capacity.
             ValueError: A layer of transformers' own that has no fixed buffers.
         """
+        self._check_nothing_lost()
         header = {"settings": self.config.options, "model": self._model, "max_cache_len": self.max_cache_len}
         save_layers(path, header, self.layers)
 
@@ -167,11 +194,31 @@ class InnerQCache(Cache):
         return cache
 
     def _grow_for(self, num_new: int) -> None:
-        quantized = [layer for layer in self.layers if isinstance(layer, InnerQLayer) and layer.state is not None]
-        if quantized:
-            needed = int(quantized[0].get_seq_length()) + num_new
-            for layer in quantized:
-                layer.ensure_capacity(needed)
+        length = self._check_nothing_lost()
+        for layer in self.layers:
+            if isinstance(layer, InnerQLayer) and layer.state is not None:
+                layer.ensure_capacity(length + num_new)
+
+    def _check_room(self, num_new: int) -> None:
+        """Of the first quantized layer: all others are given the same tokens."""
+        if torch.compiler.is_compiling():
+            return
+        state, capacity, name = self._first_state()
+        if state is not None:
+            check_room(state.counts, num_new, capacity, name)
+
+    def _check_nothing_lost(self) -> int:
+        """Slots taken. Waits for the device."""
+        state, capacity, name = self._first_state()
+        return 0 if state is None else check_nothing_lost(state.counts, capacity, name)
+
+    def _first_state(self) -> tuple[LayerState | None, int, str]:
+        """Buffers, capacity and name of the first quantized layer."""
+        index = self._first_quantized
+        layer = None if index is None else self.layers[index]
+        if not isinstance(layer, InnerQLayer):
+            return None, 0, ""
+        return layer.state, layer.capacity, f"layer {index}"
 
     @property
     def memory_bytes(self) -> int:

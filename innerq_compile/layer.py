@@ -7,6 +7,7 @@ ops; this file only decides which op a call needs and keeps the buffers.
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -115,7 +116,9 @@ class InnerQLayer(CacheLayerMixin):
         # Some of a long chunk's own tokens may be quantized by its append, so the chunk is laid over the past first.
         keys, values = self._dequantize()
         slot = torch.arange(num_new, device=self.device) + self.state.counts[0, SLOTS]
-        keys, values = keys.index_copy(2, slot, key_states), values.index_copy(2, slot, value_states)
+        # Of a chunk that does not fit, not one token may be looked at without the others: all are NaN.
+        shown, slot = key_states.masked_fill(slot[-1] >= self.capacity, math.nan), slot.clamp(max=self.capacity - 1)
+        keys, values = keys.index_copy(2, slot, shown), values.index_copy(2, slot, value_states)
         self._append(key_states, value_states)
         return keys, values
 

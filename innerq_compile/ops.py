@@ -39,7 +39,7 @@ def _append_kv(key: torch.Tensor, value: torch.Tensor, *args: object) -> None:
     check_append_kv(key, value, state, capacity, config)
     _check_counts(state, capacity, config)
     check_overflow(state, key.shape[2], capacity)
-    reference.append_kv(key, value, state, config)
+    reference.append_kv(key, value, state, config, capacity)
 
 
 def _dequantize_kv(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,8 +87,8 @@ def check_overflow(state: LayerState, num_new: int, capacity: int) -> None:
     """Refuses an append that does not fit, before anything is written.
 
     On the CPU the length is there to be read. On an accelerator reading it would stall the decode loop, so there the
-    callers that know the length (a prefill, ``generate`` through a growing cache) check, and kernels drop what does
-    not fit.
+    op marks the rows (:func:`innerq_compile.reference.append_kv`) and the host finds out by
+    :mod:`innerq_compile.overflow`.
 
     Raises:
         RuntimeError: Names the capacity and the option that raises it.
@@ -97,11 +97,28 @@ def check_overflow(state: LayerState, num_new: int, capacity: int) -> None:
         return
     length = int(state.counts[:, SLOTS].max())
     if length + num_new > capacity:
-        raise RuntimeError(
-            f"InnerQ cache is full: it holds {length} tokens, {num_new} more do not fit its capacity of {capacity}; "
-            "build the cache with a larger max_cache_len. (A cache without one grows under generate() and in "
-            "uncompiled calls, but not inside a compiled call of the model.)"
+        raise overflow_error(length, num_new, capacity)
+
+
+def overflow_error(length: int, num_new: int, capacity: int, layer: str = "") -> RuntimeError:
+    """What is raised where ``num_new`` tokens do not fit behind ``length`` others, or those others did not fit."""
+    where = f"{layer}: " if layer else ""
+    if length > capacity:
+        return RuntimeError(
+            f"{where}InnerQ cache has lost tokens: it was given {length}, more than its capacity of {capacity}, and "
+            "all that was computed from it since is NaN; build the cache with a larger max_cache_len, or empty it by "
+            "reset()"
         )
+    if length == 0:
+        return RuntimeError(
+            f"{where}InnerQ cache is too small: a prompt of {num_new} tokens does not fit its capacity of {capacity}; "
+            "build the cache with a larger max_cache_len"
+        )
+    return RuntimeError(
+        f"{where}InnerQ cache is full: it holds {length} tokens, {num_new} more do not fit its capacity of {capacity}; "
+        "build the cache with a larger max_cache_len. (A cache without one grows under generate() and in "
+        "uncompiled calls, but not inside a compiled call of the model.)"
+    )
 
 
 DEFAULTS: dict[str, Callable[..., Any]] = {

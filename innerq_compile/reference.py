@@ -25,23 +25,30 @@ from innerq_compile.layout import PADS, QUANTIZED, SLOTS, LayerState
 from innerq_compile.quant import dequantize_groups, key_center_and_norm, pack_tiles, quantize_groups, unpack_tiles
 
 
-def append_kv(key: torch.Tensor, value: torch.Tensor, state: LayerState, config: InnerQConfig) -> None:
+def append_kv(
+    key: torch.Tensor, value: torch.Tensor, state: LayerState, config: InnerQConfig, capacity: int | None = None
+) -> None:
     """Appends M tokens to every row, then quantizes the blocks that leave the recent window.
 
     Args:
         key, value: [B, H, M, D], any float dtype. Of a left-padded row the first columns are pads and are dropped.
-        state: Changed in place. Its capacity must hold the new tokens.
+        state: Changed in place.
+        capacity: Slots of a row. ``None``: the caller knows that the new tokens fit.
 
     A block of ``flush`` tokens leaves as soon as the window holds ``recent + flush``; when the first block of
     a row leaves, all its tokens but the sink fix the row's key center and key norm.
+
+    Of tokens that do not fit, a row stores none, but it counts them: ``SLOTS > capacity`` says from then on, whatever
+    else is appended or cropped, that tokens were lost, and every read of the row gives NaN (:func:`has_lost_tokens`).
     """
     num_new, flush = key.shape[2], config.flush_tokens
     if num_new == 0:
         return
     slots, quantized, pads = state.counts.unbind(1)
+    fits = torch.ones_like(slots, dtype=torch.bool) if capacity is None else slots + num_new <= capacity
     held_before = (slots - pads).clamp(min=0)
-    held = (slots + num_new - pads).clamp(min=0)
-    num_flushes = ((held - config.sink - quantized - config.recent) // flush).clamp(min=0)
+    held = torch.where(fits, (slots + num_new - pads).clamp(min=0), held_before)
+    num_flushes = ((held - config.sink - quantized - config.recent) // flush).clamp(min=0) * fits
 
     # The window holds less than recent + flush tokens before the append: that bounds the blocks that can leave.
     max_flushes = (num_new + flush - 1) // flush
@@ -84,6 +91,8 @@ def dequantize_kv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The whole cache as keys and values [B, H, capacity, D], slot by slot; slots that hold no token are 0.
 
+    A row that has lost tokens is NaN.
+
     Args:
         dtype: Of the result; the model's own (that of the windows) unless told. Dequantization runs in float32.
     """
@@ -97,7 +106,8 @@ def dequantize_kv(
     def whole(window: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
         middle = _take_tokens(packed, in_middle)
         ends = _take_tokens(window, window_slot(token, config)).to(middle.dtype)
-        return torch.where(_over_tokens(is_held), torch.where(_over_tokens(is_quantized), middle, ends), 0)
+        held = torch.where(_over_tokens(is_held), torch.where(_over_tokens(is_quantized), middle, ends), 0)
+        return held.masked_fill(has_lost_tokens(state, capacity), math.nan)
 
     keys = dequantize_keys(state, config).to(dtype)
     values = dequantize_values(state, config).to(dtype)
@@ -123,7 +133,8 @@ def decode_attention(
         compute_dtype: float64 makes this the measuring stick for kernels.
 
     Returns:
-        [B, Hq, M, D] in the query's dtype; 0 for a query that may attend to nothing. NaN and infinity: see above.
+        [B, Hq, M, D] in the query's dtype; 0 for a query that may attend to nothing, NaN where tokens were lost.
+        Numbers that are not finite: see above.
     """
     batch, num_q_heads, q_len, head_dim = query.shape
     keys, values = dequantize_kv(state, config, capacity, compute_dtype)
@@ -149,7 +160,8 @@ def decode_attention(
     sees_nothing = (scores == -math.inf).all(-1, keepdim=True)
     probs = torch.softmax(scores, -1).masked_fill(sees_nothing, 0.0)
     out = _weighted_sum(probs.reshape(batch, num_kv_heads, -1, capacity), values)
-    return out.reshape(query.shape).to(query.dtype)
+    out = out.reshape(query.shape).masked_fill(has_lost_tokens(state, capacity), math.nan)
+    return out.to(query.dtype)
 
 
 def _weighted_sum(probs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -165,10 +177,11 @@ def crop_kv(state: LayerState, config: InnerQConfig, capacity: int, num_tokens: 
     """Drops the last ``num_tokens`` tokens of every row, in place.
 
     A quantized block that is cut into goes back to the recent window: its remaining tokens keep their rounded value.
+    A row that has lost tokens stays one: those that are dropped need not be those that were lost.
     """
     keys, values = dequantize_kv(state, config, capacity)
     slots, quantized, pads = state.counts.unbind(1)
-    slots = torch.maximum(slots - num_tokens, torch.zeros_like(slots))
+    slots = torch.where(slots > capacity, slots, (slots - num_tokens).clamp(min=0))
     held = (slots - pads).clamp(min=0)
     flush = config.flush_tokens
     kept = torch.minimum(quantized, ((held - config.sink) // flush).clamp(min=0) * flush)
@@ -179,6 +192,11 @@ def crop_kv(state: LayerState, config: InnerQConfig, capacity: int, num_tokens: 
         window.copy_(torch.where(_over_tokens(refilled), _take_tokens(whole, newest + pads[:, None]), window))
     state.counts[:, SLOTS] = slots
     state.counts[:, QUANTIZED] = kept
+
+
+def has_lost_tokens(state: LayerState, capacity: int) -> torch.Tensor:
+    """Which rows were given more tokens than they hold: bool [B, 1, 1, 1]."""
+    return (state.counts[:, SLOTS] > capacity)[:, None, None, None]
 
 
 def window_slot(token: torch.Tensor, config: InnerQConfig) -> torch.Tensor:

@@ -5,6 +5,7 @@ A process of its own: kernels must not be interpreted, and the stand-ins stay fo
 
 import ast
 import contextlib
+import itertools
 import json
 import logging
 import re
@@ -20,7 +21,7 @@ from torch._inductor import graph as inductor_graph
 from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, StaticCache
 
-from innerq_compile import InnerQCache
+from innerq_compile import InnerQCache, overflow
 from innerq_compile.kernels.triton import analysis
 
 CAPACITY, PROMPT = 4096, 200
@@ -112,6 +113,23 @@ def facts(code: str) -> dict:
     }
 
 
+class LengthCopy:
+    """A copy of counts on its way to the host, which arrives before the next call with a made-up length."""
+
+    made_up = PROMPT
+    started = 0
+
+    def __init__(self, counts) -> None:
+        self.start(counts)
+
+    def start(self, counts) -> None:
+        assert counts.device.type == "cuda"
+        LengthCopy.started += 1
+
+    def length(self):
+        return LengthCopy.made_up
+
+
 class HostReads(TorchFunctionMode):
     """Notes every call through which the host waits for a number of the device, and makes one up."""
 
@@ -120,6 +138,7 @@ class HostReads(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[list[str]] = []
+        self.copies: list[int] = []
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
@@ -135,14 +154,15 @@ class HostReads(TorchFunctionMode):
         return function(*arguments, **keywords)
 
 
-def host_reads(model, mode, cache, num_steps: int) -> list[list[str]]:
-    """Files that read from the device, for each call of the model that ``generate()`` makes."""
+def host_reads(model, mode, cache, num_steps: int) -> dict[str, list]:
+    """Files that read from the device, and copies of lengths begun, for each call of the model by ``generate()``."""
     reads = HostReads()
 
     def count(*_):
         if len(reads.steps) == num_steps:
             raise StopIteration
         reads.steps.append([])
+        reads.copies.append(LengthCopy.started)
 
     hook = model.register_forward_pre_hook(count)
     reads.steps.append([])
@@ -151,11 +171,22 @@ def host_reads(model, mode, cache, num_steps: int) -> list[list[str]]:
         settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "disable_compile": True}
         model.generate(ids, past_key_values=cache, max_new_tokens=PROMPT, **settings)
     hook.remove()
-    return reads.steps
+    return {"files": reads.steps, "copies": [b - a for a, b in itertools.pairwise(reads.copies)]}
+
+
+def refusal(call) -> str:
+    """The error of a call over a full cache."""
+    LengthCopy.made_up, overflow.read_length = CAPACITY, lambda counts: CAPACITY
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was refused"
 
 
 def main() -> None:
     pretend()
+    overflow.Copy, overflow.read_length = LengthCopy, lambda counts: PROMPT
     recorder = Recorder()
     model, mode = fake_model(CONFIG)
 
@@ -172,13 +203,15 @@ def main() -> None:
             model(tokens(batch, PROMPT), past_key_values=cache)
         return cache
 
-    one, two, empty = prompted(1), prompted(2), InnerQCache(CONFIG, max_cache_len=CAPACITY)
+    one, full, two, empty = prompted(1), prompted(1), prompted(2), InnerQCache(CONFIG, max_cache_len=CAPACITY)
     found = {}
     with mode, torch.no_grad():
         step = compiled()
         for _ in range(3):
             step(tokens(1, 1), past_key_values=one)
         found["decode"] = recorder.take()
+        found["full"] = refusal(lambda: step(tokens(1, 1), past_key_values=full))
+        LengthCopy.made_up, overflow.read_length = PROMPT, lambda counts: PROMPT
         mask = torch.ones(2, 1, 1, CAPACITY, dtype=torch.bool, device="cuda")
         compiled()(tokens(2, 1), attention_mask=mask, position_ids=tokens(2, 1), past_key_values=two)
         found["generate"] = recorder.take()

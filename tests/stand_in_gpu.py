@@ -86,6 +86,7 @@ def pretend() -> None:
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     torch.cuda.current_device = lambda: 0
     torch.cuda.device_count = lambda: 1
+    torch.cuda.is_current_stream_capturing = lambda: False
     inductor.config.joint_graph_constant_folding = False  # computes on the device
     inductor.config.shape_padding = False  # times on the device
     device_interface.get_registered_device_interfaces()

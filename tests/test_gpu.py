@@ -187,6 +187,68 @@ def test_an_enabled_model_generates_what_the_uncompiled_one_does(tiny_model, tin
         disable(model)
 
 
+def test_tokens_that_a_replayed_graph_could_not_store_turn_its_results_to_nan():
+    """No code of ours runs between the replays; the mark is in the counts."""
+    config = InnerQConfig()
+    got = empty(config, "cuda")
+    key, value = (x.cuda() for x in tokens(1))
+    query = torch.randn(1, 8, 1, 128, dtype=torch.bfloat16, device="cuda")
+
+    def step():
+        ops.append_kv(key, value, *got, CAPACITY, config.spec)
+        return ops.decode_attention(query, *got, None, 128**-0.5, CAPACITY, config.spec)
+
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    ops.append_kv(*(x.cuda() for x in tokens(CAPACITY - 3)), *got, CAPACITY, config.spec)
+    for slots, is_right in ((CAPACITY - 1, True), (CAPACITY, True), (CAPACITY + 1, False), (CAPACITY + 2, False)):
+        graph.replay()
+        assert got.counts[0, SLOTS] == slots
+        assert out.isfinite().all() if is_right else out.isnan().all()
+    assert all(x.isnan().all() for x in ops.dequantize_kv(*got, CAPACITY, config.spec))
+
+
+@pytest.mark.parametrize(
+    "compile_arguments", [None, {"backend": "innerq"}, {"backend": "innerq", "mode": "reduce-overhead"}]
+)
+def test_a_full_cache_is_refused_before_the_call_and_awaited_in_no_other(tiny_model, tiny_config, compile_arguments):
+    model = tiny_model.cuda()
+    cache = InnerQCache(tiny_config, max_cache_len=CAPACITY)
+    ids = torch.zeros(1, CAPACITY - 20, dtype=torch.long, device="cuda")
+    forward = model if compile_arguments is None else torch.compile(model, **compile_arguments)
+    mask = torch.ones(1, 1, 1, CAPACITY, dtype=torch.bool, device="cuda")
+    position = torch.zeros(1, 1, dtype=torch.long, device="cuda")
+    settings = {"past_key_values": cache, "attention_mask": mask, "position_ids": position}
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for index in range(20):
+            torch.compiler.cudagraph_mark_step_begin()
+            forward(ids[:, :1], **settings)
+            # The first calls compile; the last are near enough to the end for the host to want to know.
+            torch.cuda.set_sync_debug_mode("error" if 3 <= index < 12 else "default")
+        torch.cuda.set_sync_debug_mode("default")
+        with pytest.raises(
+            RuntimeError, match=f"holds {CAPACITY} tokens, 1 more do not fit its capacity of {CAPACITY}"
+        ):
+            forward(ids[:, :1], **settings)
+    assert all(layer.get_seq_length() == CAPACITY for layer in cache.layers)
+
+
+def test_lost_tokens_are_told_by_the_copy_of_the_counts(tiny_model, tiny_config):
+    cache = InnerQCache(tiny_config, max_cache_len=CAPACITY)
+    model = tiny_model.cuda()
+    ids = torch.zeros(1, 100, dtype=torch.long, device="cuda")
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.layers[0].state.counts[:, SLOTS] = CAPACITY + 5
+        cache.get_mask_sizes(1, 0)  # may not know it yet, but sends for it
+        torch.cuda.synchronize()
+        with pytest.raises(RuntimeError, match=f"layer 0: InnerQ cache has lost tokens: it was given {CAPACITY + 5}"):
+            cache.get_mask_sizes(1, 0)
+
+
 def test_more_than_two_billion_elements():
     """Buffers beyond 2**31 elements on the device: the last head is written and read where it should be."""
     config = InnerQConfig(key_bits=8, value_bits=8)

@@ -99,10 +99,23 @@ def test_a_compiled_prompt_appends_with_four_kernels_and_attends_to_what_is_exac
 
 def test_a_generated_token_reads_nothing_from_the_device_for_the_cache(lowered):
     """generate() itself waits for the device once a token or so; a packed cache adds nothing to that."""
-    static, packed = (lowered["host reads"][name][2:] for name in ("static", "packed"))
+    static, packed = (lowered["host reads"][name]["files"][2:] for name in ("static", "packed"))
     assert len(packed) == 2
     assert not [file for step in packed for file in step if "innerq_compile" in file]
     assert list(map(len, packed)) == list(map(len, static))
+
+
+def test_a_generated_token_sends_lengths_to_the_host_that_nobody_waits_for(lowered):
+    """One with the mask and one with the first layer at most, and not one per layer."""
+    assert set(lowered["host reads"]["packed"]["copies"]) == {1, 2}
+    assert set(lowered["host reads"]["static"]["copies"]) == {0}
+
+
+def test_a_full_cache_is_refused_before_its_graph_runs(lowered):
+    """Beside the graph and not in it: the launches above are all there is, each with the capacity that it marks by."""
+    assert "model.layers.0.self_attn: InnerQ cache is full: it holds 4096 tokens, 1 more" in lowered["full"]
+    for kernel in STEP - {"combine_kernel"}:
+        assert all(str(CAPACITY) in arguments for arguments in calls(lowered["decode"], kernel))
 
 
 def test_no_kernel_ends_the_comment_in_which_a_package_quotes_it():

@@ -330,3 +330,30 @@ def test_a_query_that_may_attend_to_nothing_gets_zero():
     reference.append_kv(keys, values, state, config)
     mask = torch.zeros(1, 1, 1, 512, dtype=torch.bool)
     assert reference.decode_attention(torch.randn(1, 2, 1, DIM), state, mask, 1.0, config, 512).eq(0).all()
+
+
+@pytest.mark.parametrize("too_many", [1, 100])
+def test_tokens_that_do_not_fit_change_the_count_alone_and_every_read_of_their_row_is_nan(too_many):
+    """One row of two is full; appends and crops do not take the mark from it, and the other row goes on."""
+    config, capacity = InnerQConfig(), 400
+    state, alone = (empty_state(config, capacity=capacity, batch=batch) for batch in (2, 1))
+    keys, values = random_kv(250, batch=2)
+    reference.append_kv(keys, values, state, config, capacity)
+    reference.append_kv(keys[1:], values[1:], alone, config, capacity)
+    state.counts[0, SLOTS] = capacity - too_many + 1
+    before = [buffer[:1].clone() for buffer in state[:-1]]
+    for count in (too_many, 40):
+        keys, values = random_kv(count, batch=2, seed=count)
+        reference.append_kv(keys, values, state, config, capacity)
+        reference.append_kv(keys[1:], values[1:], alone, config, capacity)
+    assert all(torch.equal(x, buffer[:1]) for x, buffer in zip(before, state, strict=False))
+    for name, buffer, expected in zip(LayerState._fields, state, alone, strict=True):
+        assert torch.equal(buffer[1:], expected), name
+    reference.crop_kv(state, config, capacity, 300)
+    assert state.counts[:, SLOTS].tolist() == [capacity + 41, too_many - 10 if too_many > 10 else 0]
+    query, mask = torch.randn(2, 2, 3, DIM), torch.zeros(2, 1, 3, capacity, dtype=torch.bool)
+    for attn_mask in (None, mask):
+        out = reference.decode_attention(query, state, attn_mask, 1.0, config, capacity)
+        assert out[0].isnan().all() and out[1].isfinite().all()
+    for x in reference.dequantize_kv(state, config, capacity):
+        assert x[0].isnan().all() and x[1].isfinite().all()

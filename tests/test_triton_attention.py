@@ -201,16 +201,97 @@ def test_a_row_that_may_attend_to_nothing_is_zero():
         assert (out[0] != 0).any()
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_hostile_query_spoils_only_its_own_row(poison):
+@pytest.mark.parametrize(("masked", "beyond"), [(False, 1), (True, 1000)])
+def test_attention_over_a_row_that_has_lost_tokens_is_nan(masked, beyond):
+    """Whatever the mask hides, and in no other row."""
+    config, capacity = InnerQConfig(), 300
+    state = filled_state(config, capacity, pads=2)
+    mask = torch.arange(capacity, device=DEVICE).expand(2, 1, 2, -1) < 10 if masked else None
+    query = queries(2, 2, 2, 32)
+    clean = launcher.decode_attention(query, *state, mask, 0.2, capacity, config.spec, masked)
+    state.counts[1, SLOTS] += beyond
+    got = launcher.decode_attention(query, *state, mask, 0.2, capacity, config.spec, masked)
+    wanted = reference.decode_attention(query, state, mask, 0.2, config, capacity)
+    assert got[1].isnan().all() and wanted[1].isnan().all()
+    assert torch.equal(got[0], clean[0]) and wanted[0].isfinite().all()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("length", [20, 300])
+def test_a_query_that_is_not_finite_gives_nan_in_its_own_row(length, exact):
+    """Also where its scores could all be -inf, over a few tokens in a window; and 0 where the row sees nothing."""
     config = InnerQConfig()
-    state = filled_state(config, 300)
+    state = filled_state(config, length)
+    mask = torch.ones(2, 1, 2, length, dtype=torch.bool, device=DEVICE)
+    mask[1, :, 1] = False
     query = queries(2, 4, 2, 32)
-    clean = launcher.decode_attention(query, *state, None, 0.2, 300, config.spec)
-    query[0, 1, 1, 5] = poison
-    out = launcher.decode_attention(query, *state, None, 0.2, 300, config.spec)
-    out[0, 1, 1] = clean[0, 1, 1]
+    clean = launcher.decode_attention(query, *state, mask, 0.2, length, config.spec, exact)
+    poisoned = [(0, 1, 1, torch.nan), (0, 2, 0, torch.inf), (0, 3, 0, -torch.inf), (1, 0, 1, torch.nan)]
+    for row, head, token, poison in poisoned:
+        query[row, head, token, 5] = poison
+    out = launcher.decode_attention(query, *state, mask, 0.2, length, config.spec, exact)
+    for row, head, token, _ in poisoned[:3]:
+        assert out[row, head, token].isnan().all()
+        out[row, head, token] = clean[row, head, token]
     assert torch.equal(out, clean)
+
+
+# (row, head, token, channel) of 300 tokens: 0..31 are the sink, 32..191 are packed, the others the recent window.
+SPOILED_VALUES = {
+    (0, 0, 3, 4): torch.inf, (0, 0, 60, 5): torch.nan, (0, 0, 290, 6): -torch.inf, (0, 0, 291, 7): torch.nan,
+    (0, 0, 190, 8): torch.inf, (0, 0, 299, 9): torch.nan, (0, 0, 292, 10): torch.inf, (0, 0, 293, 10): -torch.inf,
+}  # fmt: skip
+SPOILED_KEYS = {(1, 0, 100, 2): torch.inf, (1, 0, 250, 3): torch.nan}
+
+
+def is_spoiled(x):
+    return torch.stack([x.isnan(), x.isposinf(), x.isneginf()])
+
+
+@pytest.mark.parametrize(
+    ("kind", "q_len", "settings"),
+    [
+        ("causal", 1, {"value_mode": "hybrid"}),
+        ("causal", 3, {"key_mode": "asymmetric", "value_bits": 8, "group_size": 16}),
+        ("shared", 1, {"key_mode": "hybrid", "value_mode": "asymmetric", "group_size": 16}),
+        ("hidden", 1, {"value_mode": "hybrid"}),
+        ("rows", 3, {"value_mode": "asymmetric", "key_mode": "hybrid"}),
+        ("additive", 3, {"value_bits": 4}),
+    ],
+)
+def test_keys_and_values_that_are_not_finite_are_nan_or_infinite_where_they_are_for_the_reference(
+    kind, q_len, settings
+):
+    """And nowhere else: every other number is bit for bit what it is over finite ones."""
+    config, length = InnerQConfig(**settings), 300
+    shape = {"batch_size": 2, "num_kv_heads": 1, "head_dim": 32, "capacity": length}
+    key, value = torch.randn(2, 2, 1, length, 32, generator=torch.Generator().manual_seed(0))
+    states = []
+    for poisoned in (False, True):
+        for tensor, places in ((value, SPOILED_VALUES), (key, SPOILED_KEYS)):
+            for place, poison in places.items():
+                tensor[place] = poison if poisoned else 0.0
+        states.append(allocate_state(config, **shape, dtype=torch.float32, device=DEVICE))
+        reference.append_kv(key.to(DEVICE), value.to(DEVICE), states[-1], config)
+    assert states[0].counts[:, QUANTIZED].tolist() == [160, 160]
+    draw = torch.rand(2, 2, q_len, length, generator=torch.Generator().manual_seed(2)).to(DEVICE) > 0.4
+    if kind == "shared":
+        draw = draw[:, :1]
+    if kind == "hidden":  # the whole of each block and of each part of the windows that holds such a number
+        draw = torch.zeros_like(draw[:, :1])
+        draw[..., 64:96] = True
+        draw[0, ..., 128:160] = True
+    draw[..., 299] &= torch.arange(q_len, device=DEVICE) == q_len - 1
+    mask = None if kind == "causal" else draw
+    if kind == "additive":
+        mask = torch.zeros(draw.shape, device=DEVICE).masked_fill(~draw, float("-inf"))
+    query = queries(2, 2, q_len, 32)
+    wanted = reference.decode_attention(query, states[1], mask, 0.2, config, length)
+    exact = "group_size" in settings
+    clean, got = (launcher.decode_attention(query, *state, mask, 0.2, length, config.spec, exact) for state in states)
+    assert torch.equal(is_spoiled(got), is_spoiled(wanted))
+    assert torch.equal(got.where(wanted.isfinite(), clean), clean)
+    assert wanted.isfinite().any() and wanted.isfinite().all() == (kind == "hidden")
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 2.0**-140, 2.0**-120, 2.0**-60, 2.0**10])

@@ -54,7 +54,7 @@ class Twins:
 
     def append(self, count, tokens=None):
         key, value = tokens or self.new_tokens(count)
-        reference.append_kv(key, value, self.state, self.config)
+        reference.append_kv(key, value, self.state, self.config, self.capacity)
         append_kv(key.to(DEVICE), value.to(DEVICE), *self.twin, self.capacity, self.config.spec)
 
     def check_state(self):
@@ -69,7 +69,8 @@ class Twins:
         expected = reference.dequantize_kv(self.state, self.config, self.capacity)
         got = dequantize_kv(*self.twin, self.capacity, self.config.spec)
         for name, x, y in zip(("keys", "values"), expected, got, strict=True):
-            assert torch.equal(x, y.cpu()), f"{name} differ at {self.state.counts.tolist()}"
+            assert torch.equal(x.isnan(), y.cpu().isnan()), f"{name} are NaN elsewhere at {self.state.counts.tolist()}"
+            assert torch.equal(x.nan_to_num(), y.cpu().nan_to_num()), f"{name} differ at {self.state.counts.tolist()}"
 
 
 def boundaries(config):
@@ -152,31 +153,54 @@ def test_random_life(seed) -> None:
 
 
 @pytest.mark.parametrize("prompt", [150, 57])
-def test_numbers_that_are_not_finite_spoil_nothing_else(prompt) -> None:
-    twins = Twins(InnerQConfig(**SMALL, key_mode="hybrid", value_mode="asymmetric"))
+@pytest.mark.parametrize("settings", [{"key_mode": "hybrid", "value_mode": "asymmetric"}, {"group_size": 16}])
+def test_numbers_that_are_not_finite_spoil_their_groups_and_nothing_else(prompt, settings) -> None:
+    twins = Twins(InnerQConfig(**SMALL, **settings))
     key, value = twins.new_tokens(prompt)
     for tensor, (token, bad) in itertools.product((key, value), [(7, torch.nan), (30, torch.inf), (31, -torch.inf)]):
         tensor[0, 0, token, token % 5] = bad
-    key[0, 0, :, 9] = torch.nan
     value[0, 0, 8:40, 3] = 1e30  # beyond the largest scale
     key[0, 0, :, 11] = 0.0
     twins.append(prompt, (key, value))
     twins.append(40)
     twins.check_state()
-    assert twins.twin.k_scales.isfinite().all() and twins.twin.key_norm.isfinite().all()
+    twins.check_dequantized()
+    assert twins.twin.k_scales.isnan().any() and not twins.twin.k_scales.isnan().all()
+    assert twins.twin.key_norm.isfinite().all()
 
 
-@pytest.mark.parametrize("too_many", [20, 100])
-def test_what_exceeds_the_capacity_is_dropped(too_many) -> None:
+@pytest.mark.parametrize(("held", "too_many"), [(130, 1), (120, 20), (120, 100)])
+def test_tokens_that_do_not_fit_are_counted_not_stored_and_every_read_is_nan(held, too_many) -> None:
+    """One token, some, and a prompt: three ways through the kernels. Later appends and crops keep the mark."""
     config = InnerQConfig(**SMALL)
     twins = Twins(config, pads=(0, 3), capacity=130)
-    twins.append(120)
-    key, value = twins.new_tokens(too_many)
-    reference.append_kv(key[:, :, :10], value[:, :, :10], twins.state, config)
-    for _ in range(2):
-        append_kv(key.to(DEVICE), value.to(DEVICE), *twins.twin, twins.capacity, config.spec)
+    twins.append(held)
+    before = [buffer.clone() for buffer in twins.twin[:-1]]
+    for count in (too_many, 1, 40):
+        twins.append(count)
         twins.check_state()
-    assert twins.twin.counts[:, SLOTS].tolist() == [130, 130]
+        assert all(torch.equal(x, y) for x, y in zip(before, twins.twin, strict=False))
+    reference.crop_kv(twins.twin, config, twins.capacity, 100)
+    assert twins.twin.counts[:, SLOTS].tolist() == 2 * [held + too_many + 41]
+    assert all(x.isnan().all() for x in reference.dequantize_kv(twins.state, config, 130))
+    assert all(x.isnan().all() for x in dequantize_kv(*twins.twin, 130, config.spec))
+    for state in (twins.state, twins.twin):
+        state.counts[:, :PADS] = 0  # as reset() does, but for the pads
+    twins.append(100)
+    twins.check_state()
+    twins.check_dequantized()
+
+
+def test_a_row_that_has_lost_tokens_spoils_no_other() -> None:
+    config = InnerQConfig(**SMALL)
+    twins = Twins(config, pads=(0, 0, 0), heads=2, capacity=130)
+    twins.append(130)
+    for state in (twins.state, twins.twin):
+        state.counts[1, SLOTS] = 131
+    expected = reference.dequantize_kv(twins.state, config, 130)
+    twins.check_dequantized()
+    for x in expected:
+        assert x.isnan().flatten(1).all(1).tolist() == x.isnan().flatten(1).any(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("count", [4, 60])

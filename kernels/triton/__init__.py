@@ -78,7 +78,7 @@ def _serves(name: str, args: tuple[Any, ...]) -> bool:
     from innerq_compile.kernels.triton.launch import serves
 
     first = OPS[name]
-    return serves(LayerState(*args[first : first + len(LayerState._fields)]), *args[:first])
+    return serves(LayerState(*args[first : first + len(LayerState._fields)]))
 
 
 def record(kernel: Any, grid: tuple[Any, ...], *args: Any, **options: Any) -> None:

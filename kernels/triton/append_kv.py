@@ -7,7 +7,7 @@ norm, :func:`quantize_kernel` reads window and new tokens, :func:`window_kernel`
 
 The last program of a row to finish writes the row's counts: programs draw a ticket from the upper half of PADS, which
 is plain pads again before the kernel ends. So no program can see counts that another one has already moved.
-What exceeds the capacity is dropped, as if the call had brought fewer tokens.
+What does not fit the capacity is counted and not stored: SLOTS beyond the capacity marks the row for every read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from innerq_compile import ops
+from innerq_compile.arguments import check_append_kv
 from innerq_compile.config import BLOCK, ROPE_PAIRS
 from innerq_compile.kernels.triton.blocks import load_values, plan_row, quantize_keys, quantize_values
 from innerq_compile.kernels.triton.key_norm import (
@@ -32,7 +33,6 @@ from innerq_compile.kernels.triton.launch import (
     SIZES,
     Launch,
     channel_slice,
-    check_new_tokens,
     quant_constants,
     rows_contiguous,
     run,
@@ -52,7 +52,7 @@ _NO_PAIRS = tl.constexpr(ROPE_PAIRS.index("off"))
 
 
 @triton.jit
-def advance_counts(counts_ptr, num_new, capacity, column, quantized, programs):
+def advance_counts(counts_ptr, num_new, column, quantized, programs):
     """Counts the append, once all ``programs`` of the row are here. No program may touch the counts after this.
 
     What the row held follows from ``column`` (:func:`plan_row`): to read it again would be another trip to memory, by
@@ -62,8 +62,7 @@ def advance_counts(counts_ptr, num_new, capacity, column, quantized, programs):
     ticket = tl.atomic_add(counts_ptr + _PADS, _TICKET, sem="acq_rel")
     if ticket // _TICKET == programs - 1:
         pads = ticket % _TICKET
-        slots = pads - column
-        tl.store(counts_ptr + _SLOTS, slots + tl.minimum(num_new, tl.maximum(capacity - slots, 0)))
+        tl.store(counts_ptr + _SLOTS, pads - column + num_new)
         tl.store(counts_ptr + _QUANTIZED, quantized)
         tl.store(counts_ptr + _PADS, pads)
 
@@ -188,7 +187,7 @@ def append_step_kernel(
             tl.store(k_window_ptr + slot, key, mask=is_kept)
             tl.store(v_window_ptr + slot, value, mask=is_kept)
     quantized = first_token - SINK + leaving
-    advance_counts(counts_ptr, num_new, capacity, column, quantized, tl.num_programs(0) * num_heads)
+    advance_counts(counts_ptr, num_new, column, quantized, tl.num_programs(0) * num_heads)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -262,19 +261,19 @@ def window_kernel(
     tl.store(v_window_ptr + stored, tl.load(value_ptr + row * stride_vm + channels, mask=is_written), mask=is_written)
     quantized = first_token - SINK + leaving
     programs = tl.num_programs(0) * tl.num_programs(1) * num_heads
-    advance_counts(counts_ptr, num_new, capacity, column, quantized, programs)
+    advance_counts(counts_ptr, num_new, column, quantized, programs)
 
 
 def append_kv(key: torch.Tensor, value: torch.Tensor, *args: Any, launch: Launch = run) -> None:
-    """See :func:`innerq_compile.reference.append_kv`; tokens beyond the capacity are dropped.
+    """See :func:`innerq_compile.reference.append_kv`.
 
     Raises:
-        ValueError: Keys or values do not fit the cache.
+        ValueError: Keys or values do not fit the cache, or its buffers each other.
     """
     state, capacity, config = split(args)
-    if not serves(state, key, value):
+    check_append_kv(key, value, state, capacity, config)
+    if not serves(state):
         return ops.DEFAULTS["append_kv"](key, value, *args)
-    check_new_tokens(key, value, state)
     num_new = key.shape[2]
     if num_new == 0:
         return None

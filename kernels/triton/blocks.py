@@ -27,14 +27,16 @@ def plan_row(
     """What an append does to a row: (held before, held after, column of token 0, first to leave, number to leave).
 
     Of the new columns, token t is number ``t + column``; t below ``held before`` lies in the window. int32 all.
+    Columns that do not fit the capacity change nothing, and neither do any that come after: then nothing leaves, and
+    held before, which counts what was lost, equals held after.
     """
     slots = tl.load(counts_ptr + _SLOTS).to(tl.int32)
     quantized = tl.load(counts_ptr + _QUANTIZED).to(tl.int32)
     pads = tl.load(counts_ptr + _PADS).to(tl.int32)  # without the ticket of append_kv
-    fitting = tl.minimum(num_new, tl.maximum(capacity - slots, 0))
+    fits = num_new <= capacity - slots
     held_before = tl.maximum(slots - pads, 0)
-    held = tl.maximum(slots + fitting - pads, 0)
-    leaving = tl.maximum(held - SINK - quantized - RECENT, 0) // FLUSH * FLUSH
+    held = tl.where(fits, tl.maximum(slots + num_new - pads, 0), held_before)
+    leaving = tl.where(fits, tl.maximum(held - SINK - quantized - RECENT, 0) // FLUSH * FLUSH, 0)
     return held_before, held, pads - slots, SINK + quantized, leaving
 
 

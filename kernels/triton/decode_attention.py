@@ -13,6 +13,7 @@ import torch
 import triton
 
 from innerq_compile import ops
+from innerq_compile.arguments import check_decode_attention
 from innerq_compile.config import BLOCK, InnerQConfig
 from innerq_compile.kernels.triton.decode_attention_kernels import combine_kernel, decode_attention_kernel
 from innerq_compile.kernels.triton.launch import Launch, code_constants, rows_contiguous, serves
@@ -43,17 +44,17 @@ def decode_attention(query: torch.Tensor, *args: Any, launch: Launch = run) -> t
     """See :func:`innerq_compile.reference.decode_attention`.
 
     Raises:
-        ValueError: The query does not fit the cache.
+        ValueError: Query or mask do not fit the cache, or its buffers each other.
     """
     state = LayerState(*args[:NUM_BUFFERS])
     mask, sm_scale, capacity, spec, *rest = args[NUM_BUFFERS:]
-    if not serves(state, query):
+    config = InnerQConfig.from_spec(spec)
+    check_decode_attention(query, state, mask, sm_scale, capacity, config)
+    if not serves(state):
         return ops.DEFAULTS["decode_attention"](query, *args)
-    _check_query(query.shape, state.k_window.shape)
     if query.numel() == 0:
         return torch.empty_like(query)
     query = rows_contiguous(query)
-    config = InnerQConfig.from_spec(spec)
     batch, q_heads, q_len, head_dim = query.shape
     heads, num_blocks = state.k_codes.shape[1:3]
     num_rows = q_len * q_heads // heads
@@ -129,13 +130,3 @@ def _has_ptx(device: torch.device) -> bool:
 def _has_native_dot(query: torch.Tensor) -> bool:
     """Whether windows may be multiplied in their own dtype; the interpreter multiplies bfloat16 wrongly."""
     return query.device.type == "cuda" and query.dtype != torch.float32
-
-
-def _check_query(query: torch.Size, window: torch.Size) -> None:
-    """Not cached: sizes are symbols, which have no hash, where a graph serves several batch sizes."""
-    batch, heads, _, head_dim = window
-    if len(query) != 4 or query[0] != batch or query[3] != head_dim or query[1] % heads:
-        raise ValueError(
-            f"query must have shape [{batch}, a multiple of {heads}, tokens, {head_dim}] to fit the cache, "
-            f"got {list(query)}"
-        )

@@ -4,6 +4,9 @@ Codes are the *left* operand of both products, tokens (keys) or channels (values
 the columns: 8 of them cost half of what 16 padded rows would. A scale multiplies a finished sum over one tile
 (InnerQ's inner grouping). NB blocks at a time are NB independent online softmaxes, one per warp, merged when the split
 ends. Scores are in units of log 2.
+
+Keys, values and scales may be NaN or infinite. What a row may not see of them must not reach it: a score is replaced
+where it is masked, and where a product would multiply such a value by a weight of 0, the value is replaced.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from innerq_compile.kernels.triton.groups import is_finite
 from innerq_compile.kernels.triton.launch import SIZES
 from innerq_compile.kernels.triton.operands import (
     code_offset,
@@ -97,7 +101,7 @@ def decode_attention_kernel(
         _attend_windows(
             query_rows, k_window_ptr + window, v_window_ptr + window, mask_ptr, mask_rows, stride_ms,
             sums_ptr, stats_ptr, out_rows, row_exists, end, limit, scale,
-            (split - num_splits) * (32 * NB), held, blocks, HEAD_DIM, SINK, RING,
+            (split - num_splits) * (32 * NB), held, blocks, slots <= capacity, Q_LEN, HEAD_DIM, SINK, RING,
             MASK, MASK_SHARED, EXACT, WIDEN, NB, RT,
         )  # fmt: skip
     else:
@@ -115,7 +119,7 @@ def decode_attention_kernel(
                 v_codes_ptr + codes * V_BITS, v_scales_ptr + groups, v_zeros_ptr + groups,
                 mask_ptr, mask_rows, stride_ms,
                 sums_ptr, stats_ptr, out_rows, row_exists, end, limit, scale, first, last, slots,
-                HEAD_DIM, GROUP, SINK, K_BITS, K_MODE, K_CENTER, V_BITS, V_MODE, V_CENTER,
+                Q_LEN, HEAD_DIM, GROUP, SINK, K_BITS, K_MODE, K_CENTER, V_BITS, V_MODE, V_CENTER,
                 MASK, MASK_SHARED, EXACT, ASM, NB, RT,
             )  # fmt: skip
 
@@ -124,7 +128,7 @@ def decode_attention_kernel(
 def _attend_packed(
     normed_query, peak, center, k_codes_ptr, k_scales_ptr, k_zeros_ptr, v_codes_ptr, v_scales_ptr, v_zeros_ptr,
     mask_ptr, mask_rows, stride_ms, sums_ptr, stats_ptr, out_rows, row_exists, end, limit, scale, first, last, slots,
-    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
+    Q_LEN: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, SINK: tl.constexpr,
     K_BITS: tl.constexpr, K_MODE: tl.constexpr, K_CENTER: tl.constexpr,
     V_BITS: tl.constexpr, V_MODE: tl.constexpr, V_CENTER: tl.constexpr,
     MASK: tl.constexpr, MASK_SHARED: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
@@ -145,6 +149,7 @@ def _attend_packed(
     K_EXACT_SHIFT: tl.constexpr = K_SHIFT if EXACT else None
     V_EXACT_SHIFT: tl.constexpr = V_SHIFT if EXACT else None
     LARGEST_WEIGHT: tl.constexpr = LARGEST if EXACT else 1.0
+    SEES_ALL: tl.constexpr = MASK == _CAUSAL and Q_LEN == 1  # no packed block is hidden from a row
     lane = place(tl.arange(0, 32))
     nb = tl.arange(0, NB)
     query, query_starts, query_sums = (), (), ()
@@ -198,7 +203,7 @@ def _attend_packed(
                     constant = constants[(t * PARTS + part) * 32 // max(GROUP, 32)]
                     scores += constant[:, :, None] * query_sums[t * PARTS + part]
         visible = _visible(SINK + i * 32, token, end, limit, MASK_SHARED)
-        scores = _mask_scores(scores * row_scale + center, visible, mask, MASK)
+        scores, visible = _mask_scores(scores * row_scale + center, visible, mask, MASK)
         largest, weights, rescale = _weigh(scores, largest)
         total = total * rescale + weights
         words, high_words = operand_words(v_codes_ptr, block * V_WORDS, V_BITS)
@@ -213,14 +218,21 @@ def _attend_packed(
             steps, constants = load_value_scales(
                 v_scales_ptr, v_zeros_ptr, block, part, HEAD_DIM, GROUP, V_MODE, V_CENTER, NB
             )
+            if not SEES_ALL:
+                seen = tl.max(_only_part(visible.to(tl.int32), part, PARTS), 1) != 0  # [NB, RT or 1]
             updated = ()
             for t in tl.static_range(TILES):
                 start = t * (64 * V_BITS)
                 codes = load_operand(words + start, high_words + start, high_shifts, V_BITS, V_EXACT_SHIFT, NB, ASM)
                 products = times_pieces(codes, w_pieces, value_start)
-                added = products * steps[t][:, :, None]
+                step, constant = steps[t], constants[t]
+                if MASK_SHARED:
+                    step, constant = tl.where(seen, step, 0.0), tl.where(seen, constant, 0.0)
+                added = products * step[:, :, None]
                 if V_MODE != 0:
-                    added += constants[t][:, :, None] * tl.sum(w, 1)[:, None, :]
+                    added += constant[:, :, None] * tl.sum(w, 1)[:, None, :]
+                if not (MASK_SHARED or SEES_ALL):
+                    added = tl.where(seen[:, None, :], added, 0.0)
                 updated += (sums[t] * rescale + added if part == 0 else sums[t] + added,)
             sums = updated
     for t in tl.static_range(TILES):
@@ -249,14 +261,19 @@ def _stages(head_dim, group, k_bits, k_mode, v_bits, v_mode, exact, rows, asm):
 @triton.jit
 def _attend_windows(
     query_rows, k_window_ptr, v_window_ptr, mask_ptr, mask_rows, stride_ms,
-    sums_ptr, stats_ptr, out_rows, row_exists, end, limit, scale, first_slot, held, blocks,
-    HEAD_DIM: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr, MASK: tl.constexpr, MASK_SHARED: tl.constexpr,
-    EXACT: tl.constexpr, WIDEN: tl.constexpr, NB: tl.constexpr, RT: tl.constexpr,
+    sums_ptr, stats_ptr, out_rows, row_exists, end, limit, scale, first_slot, held, blocks, is_whole,
+    Q_LEN: tl.constexpr, HEAD_DIM: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr,
+    MASK: tl.constexpr, MASK_SHARED: tl.constexpr, EXACT: tl.constexpr, WIDEN: tl.constexpr,
+    NB: tl.constexpr, RT: tl.constexpr,
 ):  # fmt: skip
-    """Slots [first_slot, first_slot + 32 * NB) of the windows, in the order in which they lie in memory."""
+    """Slots [first_slot, first_slot + 32 * NB) of the windows, in the order in which they lie in memory.
+
+    Every row has such a split, so this is where one that has lost tokens (not ``is_whole``) gets weights that are NaN.
+    """
     TILES: tl.constexpr = HEAD_DIM // 32
     DTYPE: tl.constexpr = tl.float32 if WIDEN else k_window_ptr.dtype.element_ty
     CUT: tl.constexpr = EXACT and not WIDEN
+    SEES_THE_SAME: tl.constexpr = MASK_SHARED or (MASK == _CAUSAL and Q_LEN == 1)  # as all other rows
     LARGEST_WEIGHT: tl.constexpr = LARGEST if CUT else 1.0
     lane = tl.arange(0, 32)
     slot = first_slot + tl.arange(0, NB)[:, None] * 32 + lane[None, :]
@@ -272,21 +289,44 @@ def _attend_windows(
         scores = tl.dot(keys.to(DTYPE), query, scores, input_precision="ieee")
     token = tl.where(is_held, token, held)
     mask = _load_mask(0, token.to(tl.int64), end, limit, mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED)
-    scores = _mask_scores(scores * scale, _visible(0, token, end, limit, MASK_SHARED), mask, MASK)
+    visible = _visible(0, token, end, limit, MASK_SHARED)
+    scores, visible = _mask_scores(scores * scale, visible, mask, MASK)
+    is_seen = tl.max(visible.to(tl.int32), 2) != 0
     largest, weights, _ = _weigh(scores, tl.full([NB, RT], _LOWEST, tl.float32))
     pieces = pieces_of(weights * LARGEST_WEIGHT, DTYPE, CUT)
     for t in tl.static_range(TILES):
         channels = (t * 32 + lane)[None, :, None]
-        values = tl.load(v_window_ptr + slot[:, None, :] * HEAD_DIM + channels, mask=is_held[:, None, :], other=0.0)
-        sums = times_pieces(values.to(DTYPE), pieces, tl.zeros([NB, 32, RT], tl.float32)) * (1.0 / LARGEST_WEIGHT)
+        values = tl.load(v_window_ptr + slot[:, None, :] * HEAD_DIM + channels, mask=is_seen[:, None, :], other=0.0)
+        values = values.to(DTYPE)
+        infinite = tl.zeros([NB, 32, RT], tl.float32)
+        if not SEES_THE_SAME:
+            values, infinite = _take_infinite(values, weights, infinite)
+        sums = times_pieces(values, pieces, tl.zeros([NB, 32, RT], tl.float32)) * (1.0 / LARGEST_WEIGHT) + infinite
         _store_sums(sums_ptr, sums, largest, out_rows, row_exists, t * 32 + lane, HEAD_DIM)
+    weights = tl.where(is_whole, weights, float("nan"))
     _store_stats(stats_ptr, weights, largest, out_rows, row_exists)
 
 
 @triton.jit
+def _take_infinite(values, weights, none):
+    """Values [NB, 32 channels, 32 tokens] with 0 for what is not finite, and what a row gets from that, [NB, 32, RT].
+
+    A NaN counts as both infinities, whose sum it is. Their numbers among the tokens that have a weight are counted by
+    one product, negative ones in units of 64.
+    """
+    x = values.to(tl.float32)
+    marks = tl.where(x < float("inf"), 0.0, 1.0) + tl.where(x > float("-inf"), 0.0, 64.0)
+    found = tl.dot(marks.to(values.dtype), (weights > 0).to(values.dtype), none, input_precision="ieee")
+    negative = tl.floor(found * (1.0 / 64.0))
+    infinite = tl.where(found > 64.0 * negative, float("inf"), 0.0) - tl.where(negative > 0, float("inf"), 0.0)
+    return tl.where(marks == 0.0, values, 0.0), infinite
+
+
+@triton.jit
 def _load_query(query_rows, channels, row_exists):
-    """Query rows of some channels as float32 [channels, RT]."""
-    return tl.load(query_rows[None, :] + channels[:, None], mask=row_exists[None, :], other=0.0).to(tl.float32)
+    """Query rows of some channels as float32 [channels, RT]; NaN for infinity, whose scores could be -inf."""
+    q = tl.load(query_rows[None, :] + channels[:, None], mask=row_exists[None, :], other=0.0).to(tl.float32)
+    return tl.where(is_finite(q), q, float("nan"))
 
 
 @triton.jit
@@ -377,7 +417,9 @@ def _load_mask(
 
 @triton.jit
 def _mask_scores(scores, visible, mask, MASK: tl.constexpr):
-    """Scores [NB, 32, RT] with what :func:`_load_mask` returned applied; -inf where a row may not look."""
+    """Scores [NB, 32, RT] with what :func:`_load_mask` returned applied, -inf where a row may not look; and where it
+    may, [NB, 32, RT or 1].
+    """
     if MASK != _CAUSAL:
         if len(mask.shape) == 2:
             mask = mask[:, :, None]
@@ -389,7 +431,8 @@ def _mask_scores(scores, visible, mask, MASK: tl.constexpr):
         else:
             # The most negative finite number is a common "no": it must stay finite in units of log 2, as it does here.
             scores += tl.where(mask >= _LOWEST, tl.maximum(mask * _LOG2E, _LOWEST), mask)
-    return tl.where(visible, scores, float("-inf"))
+            visible = visible & (mask != float("-inf"))
+    return tl.where(visible, scores, float("-inf")), visible
 
 
 @triton.jit
@@ -421,7 +464,8 @@ def combine_kernel(
     sums_ptr, stats_ptr, counts_ptr, out_ptr, num_heads, num_blocks, num_splits, num_window_splits, out_rows,
     HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, NB: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Merges the splits of one query row: ``out`` [B, Hq, M, D]; 0 for a row that attends to nothing.
+    """Merges the splits of one query row: ``out`` [B, Hq, M, D]; 0 for a row that attends to nothing, NaN where the
+    weights of a split are.
 
     Grid (R, B * H), R = ``out_rows`` rows per key-value head. CHANNELS: HEAD_DIM, made a power of two.
     """
@@ -447,6 +491,6 @@ def combine_kernel(
         sums = sums * rescale + tl.sum(part * factor[:, None], 0)
         total = total * rescale + tl.sum(weight * factor, 0)
         largest = new
-    result = tl.where(total > 0, sums / total, 0.0)
+    result = tl.where(total != 0.0, sums / total, 0.0)
     row = head * out_rows + tl.program_id(0)
     tl.store(out_ptr + row * HEAD_DIM + channels, result.to(out_ptr.dtype.element_ty), mask=channels < HEAD_DIM)

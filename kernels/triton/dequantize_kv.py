@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from innerq_compile import ops
+from innerq_compile.arguments import check_dequantize_kv
 from innerq_compile.config import BLOCK
 from innerq_compile.kernels.triton.division import rounded_product
 from innerq_compile.kernels.triton.groups import dequantize_groups, load_zeros
@@ -49,19 +50,20 @@ def dequantize_kv_kernel(
     K_BITS: tl.constexpr, K_MODE: tl.constexpr, K_CENTER: tl.constexpr,
     V_BITS: tl.constexpr, V_MODE: tl.constexpr, V_CENTER: tl.constexpr,
 ):  # fmt: skip
-    """Writes 32 slots of one head: dequantized, from the window, or 0 where no token is."""
+    """Writes 32 slots of one head: dequantized, from the window, 0 where no token is, or NaN where tokens were lost."""
     head = tl.program_id(2).to(tl.int64)
     first_channel = tl.program_id(1) * SLICE
     counts_ptr += head // num_heads * 3
     slots = tl.load(counts_ptr + _SLOTS)
     quantized = tl.load(counts_ptr + _QUANTIZED)
     pads = tl.load(counts_ptr + _PADS)
+    is_whole = slots <= capacity
 
     # Packed token i of the row stands in slot pads + SINK + i: this program's slots are those of one whole block.
     first_slot = (pads + SINK) % 32 - 32 + 32 * tl.program_id(0).to(tl.int64)
     first_token = first_slot - pads
     block = (first_token - SINK) // 32
-    is_packed = (first_token >= SINK) & (first_token - SINK < quantized)
+    is_packed = is_whole & (first_token >= SINK) & (first_token - SINK < quantized)
 
     if is_packed:
         block += head * num_blocks
@@ -103,16 +105,22 @@ def dequantize_kv_kernel(
         is_slot = ((slot >= 0) & (slot < capacity))[:, None]
         out = (head * capacity + slot)[:, None] * HEAD_DIM + channels[None, :]
         token = slot - pads
-        is_held = ((token >= 0) & (slot < slots))[:, None]
+        is_held = ((token >= 0) & (slot < tl.where(is_whole, slots, 0)))[:, None]
+        instead = tl.where(is_whole, 0.0, float("nan")).to(k_window_ptr.dtype.element_ty)
         stored = window_slot(token, SINK, RING)
         window = (head * (SINK + RING) + stored)[:, None] * HEAD_DIM + channels[None, :]
-        tl.store(keys_ptr + out, tl.load(k_window_ptr + window, mask=is_held, other=0.0), mask=is_slot)
-        tl.store(values_ptr + out, tl.load(v_window_ptr + window, mask=is_held, other=0.0), mask=is_slot)
+        tl.store(keys_ptr + out, tl.load(k_window_ptr + window, mask=is_held, other=instead), mask=is_slot)
+        tl.store(values_ptr + out, tl.load(v_window_ptr + window, mask=is_held, other=instead), mask=is_slot)
 
 
 def dequantize_kv(*args: Any, launch: Launch = run) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`innerq_compile.reference.dequantize_kv`."""
+    """See :func:`innerq_compile.reference.dequantize_kv`.
+
+    Raises:
+        ValueError: The buffers of the cache do not fit each other.
+    """
     state, capacity, config = split(args)
+    check_dequantize_kv(state, capacity, config)
     if not serves(state):
         return ops.DEFAULTS["dequantize_kv"](*args)
     batch, heads, _, head_dim = state.k_window.shape

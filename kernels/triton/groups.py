@@ -12,6 +12,7 @@ import triton.language as tl
 from innerq_compile.kernels.triton.division import divide_by_integer, divide_by_scales
 
 _FP32_MAX = tl.constexpr(3.4028234663852886e38)
+_INFINITY_BITS = tl.constexpr(0x7F800000)
 _FP16_MAX = tl.constexpr(65504.0)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves an integer, rounded half to even, in the low bits
 _TWO_23, _TWO_23_BITS = tl.constexpr(8388608.0), tl.constexpr(0x4B000000)
@@ -31,10 +32,15 @@ def quantize_groups(
     """Groups float32 [X, G, g] to codes in fours, int32 [X, G, g / 4], scales and zeros float16 [X, G].
 
     Four codes in a row are the bytes of a word, the first one lowest. Zeros have no meaning where the mode has none.
+    A group with a number that is not finite gets the scale NaN, codes and zero 0.
     """
-    x = tl.where(is_finite(x), x, 0.0)
+    # Magnitudes compare as their bits do, with infinity and every NaN on top of what is finite.
+    largest = _tree_max(tl.abs(x).to(tl.int32, bitcast=True))
+    finite = largest < _INFINITY_BITS
+    x = tl.where(tl.expand_dims(finite, 2), x, 0.0)
+    magnitude = tl.where(finite, largest, 0).to(tl.float32, bitcast=True)
     if MODE == 0:
-        levels, scales = _quantize_symmetric(x, _tree_max(tl.abs(x)), CENTER, SPAN)
+        levels, scales = _quantize_symmetric(x, magnitude, CENTER, SPAN)
         zeros = scales
         codes = _in_fours(levels)
     else:
@@ -43,7 +49,7 @@ def quantize_groups(
             levels, scales, zeros = _quantize_asymmetric(x, low, high, ASYM_MAX_CODE)
             codes = _in_fours(levels)
         else:
-            levels, sym_scales = _quantize_symmetric(x, tl.maximum(high, -low), CENTER, SPAN)
+            levels, sym_scales = _quantize_symmetric(x, magnitude, CENTER, SPAN)
             codes = _in_fours(levels)
             sym_error = _tree_sum(tl.abs(tl.fma(-_per_group(sym_scales), levels - _ROUND - CENTER, x)))
             levels, scales, zeros = _quantize_asymmetric(x, low, high, ASYM_MAX_CODE)
@@ -53,7 +59,8 @@ def quantize_groups(
             negated = (scales.to(tl.int16, bitcast=True) | -32768).to(tl.float16, bitcast=True)
             scales = tl.where(symmetric, sym_scales, negated)
             zeros = tl.where(symmetric, 0.0, zeros)
-    return codes, scales, zeros
+    codes = tl.where(tl.expand_dims(finite, 2), codes, 0)
+    return codes, tl.where(finite, scales, float("nan")), tl.where(finite, zeros, 0.0)
 
 
 @triton.jit

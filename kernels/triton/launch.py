@@ -49,10 +49,9 @@ def channel_slice(head_dim: int) -> int:
     return min(head_dim & -head_dim, MAX_SLICE)
 
 
-def serves(state: LayerState, *inputs: torch.Tensor) -> bool:
-    """Whether the kernels serve these buffers and keys, values or queries; the reference serves what they refuse."""
-    dtype = state.k_window.dtype
-    return dtype in DTYPES and all(x.dtype == dtype for x in inputs) and all(x.is_contiguous() for x in state)
+def serves(state: LayerState) -> bool:
+    """Whether the kernels serve a cache of this dtype; the reference serves what they refuse."""
+    return state.k_window.dtype in DTYPES
 
 
 def split(args: tuple[Any, ...]) -> tuple[LayerState, int, InnerQConfig]:
@@ -64,17 +63,3 @@ def split(args: tuple[Any, ...]) -> tuple[LayerState, int, InnerQConfig]:
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
     """x, copied if its last axis is strided."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def check_new_tokens(key: torch.Tensor, value: torch.Tensor, state: LayerState) -> None:
-    """Refuses keys and values whose shape is not the cache's.
-
-    Raises:
-        ValueError: Names both shapes.
-    """
-    batch, heads, _, head_dim = state.k_window.shape
-    if key.shape != value.shape or (*key.shape[:2], *key.shape[3:]) != (batch, heads, head_dim):
-        raise ValueError(
-            f"keys and values must both have shape [{batch}, {heads}, tokens, {head_dim}] to fit the cache, "
-            f"got {list(key.shape)} and {list(value.shape)}"
-        )
