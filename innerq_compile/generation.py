@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import transformers
 from transformers import CompileConfig, DynamicCache, PreTrainedModel
 
 from innerq_compile.backend import mode_options
@@ -16,6 +17,10 @@ from innerq_compile.room import MIN_CAPACITY
 
 CAPACITIES_PER_DOUBLING = 8
 """A cache that ``enable`` sizes is at most an eighth larger than its call needs, and few sizes ever compile."""
+
+_RESUMES = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
+"""Whether this ``generate()`` goes on behind a cache in every mode, at least where it is given only new ids; 5.17 does
+not, what lies between is not known."""
 
 _SWITCH = "_innerq_switch"
 _HOOK = "_prepare_cache_for_generation"
@@ -131,8 +136,7 @@ def _prepare_cache(
         new_cache.grows_per_call = max_cache_len is None
         model_kwargs["past_key_values"] = new_cache
     elif isinstance(model_kwargs.get("past_key_values"), InnerQCache):
-        is_assisted = getattr(generation_mode, "value", None) == "assisted_generation"
-        _make_room(model_kwargs["past_key_values"], generation_config, model_kwargs, max_cache_length, is_assisted)
+        _make_room(model_kwargs["past_key_values"], generation_config, model_kwargs, generation_mode, max_cache_length)
     prepared = prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs)
     cache, compile_config = model_kwargs.get("past_key_values"), generation_config.compile_config
     in_vain = cache is None or not cache.is_compileable or type(cache) is DynamicCache
@@ -146,8 +150,8 @@ def _make_room(
     cache: InnerQCache,
     generation_config: Any,
     model_kwargs: dict[str, Any],
+    generation_mode: Any,
     max_cache_length: int,
-    is_assisted: bool,
 ) -> None:
     """Has a cache that comes from an earlier call, or from the user, hold all that this call may add; or refuses.
 
@@ -155,12 +159,7 @@ def _make_room(
     """
     held = cache.num_tokens()
     least, most = _tokens_after(held, generation_config, model_kwargs, max_cache_length)
-    if held and is_assisted and least == max_cache_length:
-        raise ValueError(
-            f"the cache in past_key_values holds {held} tokens, and assisted decoding of transformers would run the "
-            "whole history through it again: wrong tokens with any cache. Give generate() only the new ids, with "
-            "attention_mask and max_new_tokens, or this turn no assistant and no prompt_lookup_num_tokens"
-        )
+    _refuse_what_starts_over(held, generation_config, generation_mode, is_whole=least == max_cache_length)
     if cache.grows_per_call:
         cache.reserve(_capacity(most, None))
     elif cache.is_bounded and cache.max_cache_len is not None and least > cache.max_cache_len:
@@ -168,6 +167,22 @@ def _make_room(
             f"this generate() call may need {least} tokens of cache; the cache in past_key_values holds {held} and was "
             f"made for max_cache_len={cache.max_cache_len}. Lower max_new_tokens, or call cache.reserve({least}) before"
         )
+
+
+def _refuse_what_starts_over(held: int, generation_config: Any, generation_mode: Any, *, is_whole: bool) -> None:
+    """Two ways of ``generate()`` may run ids through the cache that it holds already: wrong tokens, with any cache."""
+    is_assisted = getattr(generation_mode, "value", None) == "assisted_generation"
+    is_chunked = generation_config.prefill_chunk_size is not None
+    if not held or not (is_assisted and (is_whole or not _RESUMES) or is_chunked and is_whole and not _RESUMES):
+        return
+    way = "assisted decoding" if is_assisted else "prefill_chunk_size"
+    advice = (
+        "Give it only the new ids, with attention_mask of the whole and max_new_tokens, or do" if is_whole else "Do"
+    )
+    raise ValueError(
+        f"the cache in past_key_values holds {held} tokens, and {way} of transformers {transformers.__version__} would "
+        f"not go on behind them: wrong tokens, with any cache. {advice} without it this turn"
+    )
 
 
 def _tokens_after(
