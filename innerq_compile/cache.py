@@ -18,7 +18,7 @@ from innerq_compile.held_tensors import leave_inference_mode, may_be_changed_any
 from innerq_compile.layer import NO_OFFLOADING, InnerQLayer, cast_exactly
 from innerq_compile.layout import unsupported_head_dim
 from innerq_compile.padding import ask, leading_pads, watch_masks
-from innerq_compile.room import MIN_CAPACITY, first_capacity, grown_capacity
+from innerq_compile.room import MIN_CAPACITY, check_tokens, first_capacity, grown_capacity
 from innerq_compile.rope import head_dim_of, rope_pairs_of
 from innerq_compile.storage import fill_layers, read_header, read_layers, save_layers
 
@@ -56,7 +56,7 @@ class InnerQCache(Cache):
         if overrides.get("offloading"):
             raise ValueError(NO_OFFLOADING)
         if max_cache_len is not None:
-            _check_tokens("max_cache_len", max_cache_len, "a positive integer or None")
+            check_tokens("max_cache_len", max_cache_len, "a positive integer or None")
         self._model = facts_of(config)
         self._max_cache_len = max_cache_len
         self._capacity = max_cache_len or MIN_CAPACITY
@@ -117,7 +117,7 @@ class InnerQCache(Cache):
             ValueError: ``num_tokens`` is no positive integer, or a layer of the model has buffers of its own whose size
                 this class does not know; nothing was changed.
         """
-        _check_tokens("num_tokens", num_tokens, "a positive integer")
+        check_tokens("num_tokens", num_tokens, "a positive integer")
         self._leave_inference_mode()
         if num_tokens <= self._capacity:
             return
@@ -213,18 +213,22 @@ class InnerQCache(Cache):
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times, next to each other."""
+        """Every row ``repeats`` times, next to each other. Raises what :meth:`batch_select_indices` raises."""
         self._leave_inference_mode()
-        for index, layer in enumerate(self.layers):
+        for index, layer in sixteen_bit.layers_with_rows(self.layers):
             if index not in self._windows:
                 layer.batch_repeat_interleave(repeats)
             elif sixteen_bit.is_allocated(layer):
                 sixteen_bit.select_rows(layer, torch.arange(layer.keys.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows at ``indices``, in that order."""
+        """Keeps the rows at ``indices``, in that order.
+
+        Raises:
+            NotImplementedError: A layer of transformers that holds something cannot do this; nothing was changed.
+        """
         self._leave_inference_mode()
-        for index, layer in enumerate(self.layers):
+        for index, layer in sixteen_bit.layers_with_rows(self.layers):
             if index in self._windows:
                 sixteen_bit.select_rows(layer, indices)
             else:
@@ -287,7 +291,7 @@ class InnerQCache(Cache):
             OSError: It cannot be read.
         """
         if max_cache_len is not None:
-            _check_tokens("max_cache_len", max_cache_len, "a positive integer or None")
+            check_tokens("max_cache_len", max_cache_len, "a positive integer or None")
         header = read_header(path)
         settings, model = header.get("settings"), header.get("model")
         if not isinstance(settings, dict) or not isinstance(model, dict):
@@ -363,11 +367,6 @@ class InnerQCache(Cache):
             elif getattr(layer, "keys", None) is not None:
                 total += layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
         return total
-
-
-def _check_tokens(name: str, number: Any, expected: str) -> None:
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise ValueError(f"{name} must be {expected}, got {number!r}")
 
 
 def _with_folded_norm(config: PreTrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:

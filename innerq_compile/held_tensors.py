@@ -15,6 +15,18 @@ def replace_tensors(layer: object, change: Callable[[torch.Tensor], torch.Tensor
         setattr(layer, name, _replaced(value, change))
 
 
+def tensors_of(layer: object) -> list[torch.Tensor]:
+    """Every tensor of a layer."""
+    found: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    replace_tensors(layer, note)
+    return found
+
+
 def may_be_changed_anywhere() -> contextlib.AbstractContextManager[object]:
     """A context whose new tensors can be changed in place outside of ``torch.inference_mode()`` as well as inside.
 

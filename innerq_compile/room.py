@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from innerq_compile import ops
@@ -25,6 +27,16 @@ def grown_capacity(capacity: int, num_tokens: int) -> int:
 
 def _round_up(num_tokens: int) -> int:
     return -(-num_tokens // _STEP) * _STEP
+
+
+def check_tokens(name: str, number: Any, expected: str) -> None:
+    """Refuses what is no number of tokens.
+
+    Raises:
+        ValueError: Names the argument, what was expected and what came.
+    """
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{name} must be {expected}, got {number!r}")
 
 
 def overflow(length: int, num_new: int, capacity: int) -> RuntimeError:

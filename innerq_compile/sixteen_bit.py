@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from transformers.cache_utils import CacheLayerMixin, StaticLayer, StaticSlidingWindowLayer
 
-from innerq_compile.held_tensors import may_be_changed_anywhere
+from innerq_compile.held_tensors import may_be_changed_anywhere, tensors_of
 from innerq_compile.room import check_room, overflow
 
 UNBOUNDED = 1 << 62
@@ -16,6 +19,11 @@ def is_resizable(layer: CacheLayerMixin) -> bool:
     """Whether keys and values are all that the capacity of this 16-bit layer sizes."""
     known = (StaticLayer.update, StaticSlidingWindowLayer.update)
     return isinstance(layer, StaticLayer) and type(layer).update in known and not hasattr(layer, "update_indexer")
+
+
+def is_all_keys_and_values(layer: object) -> bool:
+    """Whether a 16-bit layer holds nothing beside keys and values, as layers that are also recurrent do."""
+    return type(layer) in (StaticLayer, StaticSlidingWindowLayer)
 
 
 def is_allocated(layer: StaticLayer) -> bool:
@@ -69,3 +77,18 @@ def select_rows(layer: StaticLayer, indices: torch.Tensor) -> None:
                 setattr(layer, name, getattr(layer, name)[indices.to(layer.device)])
             torch._dynamo.mark_static_address(getattr(layer, name))
         layer.batch_size = layer.keys.shape[0]
+
+
+def layers_with_rows(layers: Sequence[CacheLayerMixin]) -> list[tuple[int, Any]]:
+    """The layers whose rows can be changed, with their indices, once it is sure that no other one holds any.
+
+    Raises:
+        NotImplementedError: One does, and has no way to change them.
+    """
+    able = []
+    for index, layer in enumerate(layers):
+        if hasattr(layer, "batch_select_indices") or is_all_keys_and_values(layer):
+            able.append((index, layer))
+        elif any(tensor.dim() for tensor in tensors_of(layer)):  # a length alone, of no axis, is nothing yet
+            raise NotImplementedError(f"a {type(layer).__name__} of transformers cannot change its rows")
+    return able

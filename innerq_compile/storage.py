@@ -24,6 +24,7 @@ from transformers.cache_utils import CacheLayerMixin, StaticLayer, StaticSliding
 from innerq_compile.config import BLOCK, InnerQConfig
 from innerq_compile.layer import InnerQLayer
 from innerq_compile.layout import PADS, QUANTIZED, SLOTS, LayerState, allocate_state
+from innerq_compile.sixteen_bit import is_all_keys_and_values
 
 FORMAT = "innerq_cache"
 VERSION = 2
@@ -180,7 +181,7 @@ def _contents(index: int, layer: CacheLayerMixin) -> tuple[dict[str, torch.Tenso
             return {}, 0
         blocks = int(layer.state.counts[:, QUANTIZED].max()) // BLOCK
         return _in_use(layer.state, layer.config, blocks), int(layer.state.counts[0, SLOTS])
-    if type(layer) in (StaticLayer, StaticSlidingWindowLayer):
+    if is_all_keys_and_values(layer):
         assert isinstance(layer, StaticLayer)
         length = int(getattr(layer, "cumulative_length_int", layer.cumulative_length))
         if layer.keys is None or not length:

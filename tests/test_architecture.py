@@ -42,7 +42,7 @@ ALLOWED = {
             "storage",
         ),
     },
-    "storage": {"config", "layout", "layer"},
+    "storage": {"config", "layout", "layer", "sixteen_bit"},
     "shadow": {"config", "layout", "ops"},
     "report": {"config", "layout", "quant", "reference", "ops"},
     "kernels.cpu": {"config", "layout", "quant", "ops", "report"},

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, Gemma3TextConfig, MistralConfig
+from transformers import DynamicCache, FalconH1Config, Gemma3TextConfig, MistralConfig, Qwen3NextConfig
 
 from innerq_compile import InnerQCache, enable
 from innerq_compile.room import MIN_CAPACITY
@@ -149,3 +149,37 @@ def test_dropping_tokens_is_refused_by_name(mixed):
 
 def test_nothing_is_allocated_before_the_first_token(mixed):
     assert not is_allocated(InnerQCache(mixed.config).layers[0])
+
+
+def test_rows_of_a_recurrent_layer_that_is_empty_may_be_changed():
+    layers = ["linear_attention", "full_attention"]
+    config = Qwen3NextConfig(num_hidden_layers=2, head_dim=32, num_key_value_heads=1, layer_types=layers)
+    InnerQCache(config).batch_repeat_interleave(2)
+
+
+def test_rows_and_files_of_recurrent_layers_are_refused_by_name(make_model, tmp_path):
+    """Their keys could be moved, what they remember beside them could not: the rest of a row would go on as another."""
+    config = FalconH1Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        mamba_d_ssm=32,
+        mamba_n_heads=2,
+        mamba_d_head=16,
+        mamba_d_state=8,
+        mamba_n_groups=1,
+    )
+    cache = InnerQCache(config, max_cache_len=64)
+    cache.batch_repeat_interleave(2)  # nothing is there yet
+    with torch.no_grad():
+        make_model(config)(words(5, 2) % 64, past_key_values=cache)
+    kind = "LinearAttentionAndStaticFullAttentionLayer"
+    for change in (lambda: cache.batch_repeat_interleave(2), lambda: cache.batch_select_indices(torch.tensor([0]))):
+        with pytest.raises(NotImplementedError, match=f"a {kind} of transformers cannot change its rows"):
+            change()
+    with pytest.raises(ValueError, match=f"layer 0 is a {kind}, which cannot be saved"):
+        cache.save(tmp_path / "file")
+    assert cache.num_tokens() == 5 and cache.layers[0].keys.shape[0] == 2
