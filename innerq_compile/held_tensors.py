@@ -18,12 +18,15 @@ def replace_tensors(layer: object, change: Callable[[torch.Tensor], torch.Tensor
 def tensors_of(layer: object) -> list[torch.Tensor]:
     """Every tensor of a layer."""
     found: list[torch.Tensor] = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
-        return tensor
-
-    replace_tensors(layer, note)
+    front = list(vars(layer).values())
+    while front:
+        value = front.pop()
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            front.extend(value)
+        elif isinstance(value, dict):
+            front.extend(value.values())
     return found
 
 
@@ -37,7 +40,9 @@ def may_be_changed_anywhere() -> contextlib.AbstractContextManager[object]:
 
 def leave_inference_mode(layer: object) -> None:
     """Copies what a compiled call allocated under ``torch.inference_mode()`` and is now to be changed outside of it."""
-    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return
+    if any(tensor.is_inference() for tensor in tensors_of(layer)):
         replace_tensors(layer, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
