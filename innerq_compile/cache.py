@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from typing import Any, Self
 
@@ -11,14 +10,18 @@ import torch
 from transformers import PreTrainedConfig, StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
+from innerq_compile import sixteen_bit
 from innerq_compile.config import InnerQConfig
+from innerq_compile.facts import facts_of, longest_cache
 from innerq_compile.folded import mark_of
-from innerq_compile.layer import MIN_CAPACITY, InnerQLayer
+from innerq_compile.held_tensors import leave_inference_mode, may_be_changed_anywhere, replace_tensors
+from innerq_compile.layer import NO_OFFLOADING, InnerQLayer, cast_exactly
 from innerq_compile.layout import LayerState, unsupported_head_dim
 from innerq_compile.overflow import check_nothing_lost, check_room
 from innerq_compile.padding import ask, leading_pads, watch_masks
+from innerq_compile.room import MIN_CAPACITY, check_tokens, first_capacity, grown_capacity
 from innerq_compile.rope import head_dim_of, rope_pairs_of
-from innerq_compile.storage import load_layers, read_header, save_layers
+from innerq_compile.storage import fill_layers, read_header, read_layers, save_layers
 
 
 class InnerQCache(Cache):
@@ -34,6 +37,9 @@ class InnerQCache(Cache):
             ``rope_pairs`` follows the model where the preset has it on.
 
     Attributes:
+        grows_per_call: Whether ``generate()`` of an enabled model may :meth:`reserve` room for what it is about to add.
+            :func:`~innerq_compile.enable` sets it for caches that it sized itself; it is always so without a
+            ``max_cache_len``.
         unquantized: Layer index -> why that layer keeps transformers' own 16-bit layer (sliding windows, latent
             attention, a head_dim that does not fit the tiles).
 
@@ -48,18 +54,23 @@ class InnerQCache(Cache):
         max_cache_len: int | None = None,
         **overrides: Any,
     ) -> None:
-        if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
-            raise ValueError(f"max_cache_len must be a positive integer or None, got {max_cache_len!r}")
-        self._model = _facts_of(config)
+        if overrides.get("offloading"):
+            raise ValueError(NO_OFFLOADING)
+        if max_cache_len is not None:
+            check_tokens("max_cache_len", max_cache_len, "a positive integer or None")
+        self._model = facts_of(config)
         self._max_cache_len = max_cache_len
+        self._capacity = max_cache_len or MIN_CAPACITY
+        self.grows_per_call = max_cache_len is None
         text_config = config.get_text_config(decoder=True)
         self.config = InnerQConfig.from_preset(preset, **_with_folded_norm(config, overrides))
         if self.config.rope_pairs != "off" and "rope_pairs" not in overrides:
             self.config = dataclasses.replace(self.config, rope_pairs=rope_pairs_of(text_config))
         # transformers knows which layer is of which kind; only its plain full-attention layers are replaced.
-        fixed_len = max_cache_len or getattr(text_config, "max_position_embeddings", None) or MIN_CAPACITY
-        template = StaticCache(config=config, max_cache_len=fixed_len)
+        with may_be_changed_anywhere():
+            template = StaticCache(config=config, max_cache_len=sixteen_bit.UNBOUNDED)
         self.unquantized: dict[int, str] = {}
+        self._windows: dict[int, int | None] = {}  # of the 16-bit layers whose capacity follows that of the cache
         layers: list[CacheLayerMixin] = []
         for index, layer in enumerate(template.layers):
             reason = _why_not_quantized(layer, text_config, self.config)
@@ -68,6 +79,12 @@ class InnerQCache(Cache):
                 layers.append(layer)
             else:
                 layers.append(InnerQLayer(self.config, max_cache_len))
+            if reason and sixteen_bit.is_resizable(layer):
+                self._windows[index] = layer.max_cache_len if layer.is_sliding else None
+                sixteen_bit.resize(layer, self._capacity, self._windows[index])
+            elif reason and isinstance(layer, StaticLayer):
+                longest = max_cache_len or getattr(text_config, "max_position_embeddings", None) or MIN_CAPACITY
+                layers[-1] = StaticCache(config=config, max_cache_len=longest).layers[index]
         super().__init__(layers=layers)
         self._first_quantized = next((i for i, layer in enumerate(layers) if isinstance(layer, InnerQLayer)), None)
         self._awaits_first_tokens = True
@@ -78,15 +95,58 @@ class InnerQCache(Cache):
         """Capacity in tokens; ``None`` for a cache that grows."""
         return self._max_cache_len
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether a layer needs room for every token: not all of them are sliding windows that the capacity holds."""
+        windows = [self._windows.get(index) for index in range(len(self.layers)) if self._is_sized(index)]
+        return any(window is None or window > self._capacity for window in windows)
+
+    def num_tokens(self) -> int:
+        """Slots taken, pads included. Reads the device."""
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, InnerQLayer) and layer.state is not None:
+                return int(layer.get_seq_length())
+            if index in self._windows and sixteen_bit.is_allocated(layer):
+                return sixteen_bit.tokens_held(layer)
+        return 0
+
+    def reserve(self, num_tokens: int) -> None:
+        """Makes room for ``num_tokens`` tokens in all, pads and tokens held included; what is held stays bit for bit.
+
+        A ``max_cache_len`` becomes this number. Never shrinks. A compiled step compiles once more for the new capacity.
+
+        Raises:
+            ValueError: ``num_tokens`` is no positive integer, or a layer of the model has buffers of its own whose size
+                this class does not know; nothing was changed.
+        """
+        check_tokens("num_tokens", num_tokens, "a positive integer")
+        self._leave_inference_mode()
+        if num_tokens <= self._capacity:
+            return
+        for layer in self.layers:
+            if isinstance(layer, StaticLayer) and not sixteen_bit.is_resizable(layer):
+                raise ValueError(
+                    f"a {type(layer).__name__} cannot be enlarged: build the cache with max_cache_len={num_tokens}"
+                )
+        self._resize(num_tokens)
+        if self._max_cache_len is not None:
+            self._max_cache_len = num_tokens
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Capacity in tokens, of the cache or of a layer; -1 for one that grows."""
+        return -1 if self._max_cache_len is None else super().get_max_length(layer_idx)
+
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(key length, offset) that the attention mask of layer ``layer_idx`` must have.
 
         The model asks before it runs its layers, so this is where a growing cache grows.
         """
-        if self.max_cache_len is None and not torch.compiler.is_compiling():
+        if self._max_cache_len is None:
             self._grow_for(query_length)
         else:
             self._check_room(query_length)
+        if query_length > 1:
+            self._leave_inference_mode()
         if query_length > 1 or self._awaits_first_tokens:
             ask(self, query_length)
         return super().get_mask_sizes(query_length, layer_idx)
@@ -97,20 +157,24 @@ class InnerQCache(Cache):
         """Appends keys and values [B, H, M, D] to a layer and returns those to attend to: :meth:`InnerQLayer.update`.
 
         Raises:
-            RuntimeError: They do not fit the capacity, or tokens did not before; nothing was changed.
+            ValueError, RuntimeError: They do not fit what the layer holds, or its capacity, or tokens did not before;
+                nothing was changed.
         """
+        layer = self.layers[layer_idx]
+        leave_inference_mode(layer)
         if layer_idx == self._first_quantized:
             self._check_room(key_states.shape[2])
+        if layer_idx in self._windows:
+            num_new, window = key_states.shape[2], self._windows[layer_idx]
+            if not sixteen_bit.is_allocated(layer):
+                dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+                if self._max_cache_len is None:
+                    self._grow_for(num_new)
+                with may_be_changed_anywhere():
+                    layer.lazy_initialization(key_states.to(dtype), value_states.to(dtype))
+            sixteen_bit.check_fits(layer, num_new, window, key_states.device)
+            key_states, value_states = cast_exactly(key_states, layer.dtype), cast_exactly(value_states, layer.dtype)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drops the last ``-tokens_to_remove`` tokens of every layer.
-
-        Raises:
-            RuntimeError: Tokens were lost because they did not fit; nothing was changed.
-        """
-        self._check_nothing_lost()
-        super().crop(tokens_to_remove)
 
     def set_padding(self, attention_mask: torch.Tensor | None) -> None:
         """Leaves the padding in front of each row out of the windows, key norms and scales.
@@ -132,8 +196,62 @@ class InnerQCache(Cache):
 
     def reset(self) -> None:
         """Empties every layer without reallocating."""
+        self._leave_inference_mode()
         super().reset()
         self._awaits_first_tokens = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drops the last ``-tokens_to_remove`` tokens of every layer.
+
+        Raises:
+            ValueError: A positive number.
+            NotImplementedError: A layer that stays in 16 bit cannot drop tokens; nothing was changed.
+            RuntimeError: Tokens were lost because they did not fit; nothing was changed.
+        """
+        fixed = [layer for layer in self.layers if not hasattr(layer, "crop")]
+        if fixed:
+            raise NotImplementedError(f"a {type(fixed[0]).__name__} of transformers cannot drop tokens")
+        self._check_nothing_lost()
+        self._leave_inference_mode()
+        super().crop(tokens_to_remove)
+        self._awaits_first_tokens |= any(getattr(layer, "is_empty", False) for layer in self.layers)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i of every layer becomes the former row ``beam_idx[i]``."""
+        self._leave_inference_mode()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times, next to each other. Raises what :meth:`batch_select_indices` raises."""
+        self._leave_inference_mode()
+        for index, layer in sixteen_bit.layers_with_rows(self.layers):
+            if index not in self._windows:
+                layer.batch_repeat_interleave(repeats)
+            elif sixteen_bit.is_allocated(layer):
+                sixteen_bit.select_rows(layer, torch.arange(layer.keys.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows at ``indices``, in that order.
+
+        Raises:
+            NotImplementedError: A layer of transformers that holds something cannot do this; nothing was changed.
+        """
+        self._leave_inference_mode()
+        for index, layer in sixteen_bit.layers_with_rows(self.layers):
+            if index in self._windows:
+                sixteen_bit.select_rows(layer, indices)
+            else:
+                layer.batch_select_indices(indices)
+
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Refused, see :meth:`InnerQLayer.offload`.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(NO_OFFLOADING)
+
+    prefetch = offload
 
     def to(self, device: torch.device | str) -> Self:
         """Moves every buffer to ``device``. Returns the cache itself, like :meth:`torch.nn.Module.to`."""
@@ -141,10 +259,9 @@ class InnerQCache(Cache):
             if isinstance(layer, InnerQLayer):
                 layer.to(device)
             elif getattr(layer, "is_initialized", False):
-                for name, value in vars(layer).items():
-                    if isinstance(value, torch.Tensor):
-                        setattr(layer, name, value.to(device))
-                layer.device = layer.keys.device
+                replace_tensors(layer, lambda tensor: tensor.to(device))
+                if getattr(layer, "keys", None) is not None:
+                    layer.device = layer.keys.device
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -155,7 +272,12 @@ class InnerQCache(Cache):
             ValueError: A layer of transformers' own that has no fixed buffers.
         """
         self._check_nothing_lost()
-        header = {"settings": self.config.options, "model": self._model, "max_cache_len": self.max_cache_len}
+        header = {
+            "settings": self.config.options,
+            "model": self._model,
+            "max_cache_len": self.max_cache_len,
+            "grows_per_call": self.grows_per_call,
+        }
         save_layers(path, header, self.layers)
 
     @classmethod
@@ -167,7 +289,7 @@ class InnerQCache(Cache):
         device: torch.device | str = "cpu",
         max_cache_len: int | None = None,
     ) -> Self:
-        """Reads what :meth:`save` wrote. Nothing in the file is executed.
+        """Reads what :meth:`save` wrote. Nothing in the file is executed, and nothing allocated before it was checked.
 
         Args:
             config: The model's configuration. The settings of the cache come from the file.
@@ -177,27 +299,75 @@ class InnerQCache(Cache):
         Raises:
             ValueError: The file is none of ours, damaged, of a model of another shape or with another folded key
                 norm, or holds more tokens than ``max_cache_len``. That the weights are the same nobody can check.
+            OSError: It cannot be read.
         """
+        if max_cache_len is not None:
+            check_tokens("max_cache_len", max_cache_len, "a positive integer or None")
         header = read_header(path)
         settings, model = header.get("settings"), header.get("model")
         if not isinstance(settings, dict) or not isinstance(model, dict):
             raise ValueError(f"{path} has a damaged header: settings and model must be objects")
-        facts = _facts_of(config)
+        facts = facts_of(config)
         for name in sorted({*facts, *model}):
             if facts.get(name) != model.get(name):
                 raise ValueError(
                     f"{path} was saved for another model: its {name} is {model.get(name)!r}, that of this "
                     f"configuration {facts.get(name)!r}"
                 )
-        cache = cls(config, max_cache_len=max_cache_len or header.get("max_cache_len"), **settings)
-        load_layers(path, header, cache.layers, device)
+        capacity = header.get("max_cache_len") if max_cache_len is None else max_cache_len
+        longest = longest_cache(config)
+        try:
+            settings = InnerQConfig.from_options(settings)
+            cache = cls(config, max_cache_len=capacity, **settings.options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} has a damaged header: {error}") from error
+        if settings.sink + settings.ring > longest:
+            raise ValueError(f"{path} has windows of {settings.sink + settings.ring} tokens, more than {longest}")
+        saved = read_layers(path, header, cache.layers)
+        longest = max(longest, 2 * saved.capacity)
+        if max_cache_len is None and capacity is not None and capacity > longest:
+            raise ValueError(
+                f"{path} asks for a capacity of {capacity} tokens, more than {longest}, twice what the model or its "
+                f"{saved.tokens} tokens need; load it with a max_cache_len of your own"
+            )
+        if capacity is not None and saved.capacity > capacity:
+            needs = "" if saved.capacity == saved.tokens else f" (packed like these they need {saved.capacity})"
+            raise ValueError(f"{path}: it holds {saved.tokens} tokens, more than the capacity of {capacity}{needs}")
+        cache.grows_per_call = capacity is None or (max_cache_len is None and header.get("grows_per_call") is True)
+        if saved.tokens and capacity is None:
+            cache._resize(max(cache._capacity, grown_capacity(0, saved.capacity)))
+        fill_layers(saved, cache.layers, device)
+        cache._awaits_first_tokens = not saved.tokens
         return cache
 
     def _grow_for(self, num_new: int) -> None:
-        length = self._check_nothing_lost()
+        """Makes room in a growing cache, or only chooses the size of one that has no buffers yet."""
+        if not any(self._is_allocated(index) for index in range(len(self.layers))):
+            self._resize(max(self._capacity, first_capacity(num_new)))
+        elif not torch.compiler.is_compiling():
+            self._check_nothing_lost()
+            needed = self.num_tokens() + num_new
+            if needed > self._capacity:
+                self._resize(grown_capacity(self._capacity, needed))
+
+    def _resize(self, capacity: int) -> None:
+        self._capacity = capacity
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, InnerQLayer):
+                layer.resize(capacity)
+            elif index in self._windows:
+                sixteen_bit.resize(layer, capacity, self._windows[index])
+
+    def _is_sized(self, index: int) -> bool:
+        return index in self._windows or isinstance(self.layers[index], InnerQLayer)
+
+    def _is_allocated(self, index: int) -> bool:
+        layer = self.layers[index]
+        return layer.state is not None if isinstance(layer, InnerQLayer) else getattr(layer, "keys", None) is not None
+
+    def _leave_inference_mode(self) -> None:
         for layer in self.layers:
-            if isinstance(layer, InnerQLayer) and layer.state is not None:
-                layer.ensure_capacity(length + num_new)
+            leave_inference_mode(layer)
 
     def _check_room(self, num_new: int) -> None:
         """Of the first quantized layer: all others are given the same tokens."""
@@ -207,10 +377,11 @@ class InnerQCache(Cache):
         if state is not None:
             check_room(state.counts, num_new, capacity, name)
 
-    def _check_nothing_lost(self) -> int:
-        """Slots taken. Waits for the device."""
+    def _check_nothing_lost(self) -> None:
+        """Waits for the device."""
         state, capacity, name = self._first_state()
-        return 0 if state is None else check_nothing_lost(state.counts, capacity, name)
+        if state is not None:
+            check_nothing_lost(state.counts, capacity, name)
 
     def _first_state(self) -> tuple[LayerState | None, int, str]:
         """Buffers, capacity and name of the first quantized layer."""
@@ -230,15 +401,6 @@ class InnerQCache(Cache):
             elif getattr(layer, "keys", None) is not None:
                 total += layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
         return total
-
-
-def _facts_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """What two models must have in common to read each other's caches, in JSON types; their weights aside."""
-    text_config = config.get_text_config(decoder=True)
-    names = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
-    mark = mark_of(config)
-    facts = {name: getattr(text_config, name, None) for name in names}
-    return {**facts, "folded key norm": None if mark is None else json.loads(json.dumps(dict(mark)))}
 
 
 def _with_folded_norm(config: PreTrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -238,7 +238,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices or isinstance(value, bool):
+    if value not in choices or isinstance(value, bool) or (isinstance(value, float) and isinstance(choices[0], int)):
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 

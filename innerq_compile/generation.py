@@ -7,15 +7,20 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import transformers
 from transformers import CompileConfig, DynamicCache, PreTrainedModel
 
 from innerq_compile.backend import mode_options
 from innerq_compile.cache import InnerQCache
 from innerq_compile.folded import check_folded, mark_of
+from innerq_compile.room import MIN_CAPACITY
 
-MIN_CAPACITY = 512
 CAPACITIES_PER_DOUBLING = 8
 """A cache that ``enable`` sizes is at most an eighth larger than its call needs, and few sizes ever compile."""
+
+_RESUMES = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
+"""Whether this ``generate()`` goes on behind a cache in every mode, at least where it is given only new ids; 5.17 does
+not, what lies between is not known."""
 
 _SWITCH = "_innerq_switch"
 _HOOK = "_prepare_cache_for_generation"
@@ -127,7 +132,11 @@ def _prepare_cache(
         and not getattr(generation_config, "is_assistant", False)
     )
     if choose:
-        model_kwargs["past_key_values"] = make_cache(max_cache_len=_capacity(max_cache_length, max_cache_len))
+        new_cache = make_cache(max_cache_len=_capacity(max_cache_length, max_cache_len))
+        new_cache.grows_per_call = max_cache_len is None
+        model_kwargs["past_key_values"] = new_cache
+    elif isinstance(model_kwargs.get("past_key_values"), InnerQCache):
+        _make_room(model_kwargs["past_key_values"], generation_config, model_kwargs, generation_mode, max_cache_length)
     prepared = prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs)
     cache, compile_config = model_kwargs.get("past_key_values"), generation_config.compile_config
     in_vain = cache is None or not cache.is_compileable or type(cache) is DynamicCache
@@ -135,6 +144,65 @@ def _prepare_cache(
         # generate() compiles no decode step for these and would warn about a compile_config that enable() has set.
         generation_config.compile_config = None
     return prepared
+
+
+def _make_room(
+    cache: InnerQCache,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    max_cache_length: int,
+) -> None:
+    """Has a cache that comes from an earlier call, or from the user, hold all that this call may add; or refuses.
+
+    While ``generate()`` runs, capacities stay: nothing reads the length back from the device between two tokens.
+    """
+    held = cache.num_tokens()
+    least, most = _tokens_after(held, generation_config, model_kwargs, max_cache_length)
+    _refuse_what_starts_over(held, generation_config, generation_mode, is_whole=least == max_cache_length)
+    if cache.grows_per_call:
+        cache.reserve(_capacity(most, None))
+    elif cache.is_bounded and cache.max_cache_len is not None and least > cache.max_cache_len:
+        raise ValueError(
+            f"this generate() call may need {least} tokens of cache; the cache in past_key_values holds {held} and was "
+            f"made for max_cache_len={cache.max_cache_len}. Lower max_new_tokens, or call cache.reserve({least}) before"
+        )
+
+
+def _refuse_what_starts_over(held: int, generation_config: Any, generation_mode: Any, *, is_whole: bool) -> None:
+    """Two ways of ``generate()`` may run ids through the cache that it holds already: wrong tokens, with any cache."""
+    is_assisted = getattr(generation_mode, "value", None) == "assisted_generation"
+    is_chunked = generation_config.prefill_chunk_size is not None
+    if not held or not (is_assisted and (is_whole or not _RESUMES) or is_chunked and is_whole and not _RESUMES):
+        return
+    way = "assisted decoding" if is_assisted else "prefill_chunk_size"
+    advice = (
+        "Give it only the new ids, with attention_mask of the whole and max_new_tokens, or do" if is_whole else "Do"
+    )
+    raise ValueError(
+        f"the cache in past_key_values holds {held} tokens, and {way} of transformers {transformers.__version__} would "
+        f"not go on behind them: wrong tokens, with any cache. {advice} without it this turn"
+    )
+
+
+def _tokens_after(
+    held: int, generation_config: Any, model_kwargs: dict[str, Any], max_cache_length: int
+) -> tuple[int, int]:
+    """Fewest and most tokens that a cache which holds ``held`` may have to hold when the call is over.
+
+    ``max_cache_length`` counts from the first of the ids that the call was given. These are the whole history, or only
+    what is new behind a mask of the whole history, and what transformers hands over does not always tell which.
+    """
+    with_past = held + max_cache_length
+    mask = model_kwargs.get("attention_mask")
+    columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+    if not held or columns is None or model_kwargs.get("inputs_embeds") is not None:
+        return max_cache_length, max_cache_length if not held else with_past
+    if generation_config.max_new_tokens is None:
+        return (max_cache_length if columns <= max_cache_length else with_past), with_past
+    given = max_cache_length + 1 - generation_config.max_new_tokens
+    needed = max_cache_length if given == columns else with_past
+    return needed, needed
 
 
 def _capacity(needed: int, max_cache_len: int | None) -> int:

@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from innerq_compile import ops, reference
-from innerq_compile.config import BLOCK, InnerQConfig
+from innerq_compile.config import InnerQConfig
+from innerq_compile.held_tensors import may_be_changed_anywhere
 from innerq_compile.layout import PADS, SLOTS, LayerState, allocate_state, state_bytes
+from innerq_compile.room import first_capacity
 
 logger = logging.getLogger(__name__)
 
-MIN_CAPACITY = 512
-"""Tokens a growing cache starts with, at least: below that the windows outweigh the packed part anyway."""
+NO_OFFLOADING = (
+    "an InnerQ cache is not offloaded layer by layer: its packed buffers keep their addresses for compiled graphs. "
+    'Between calls cache.to("cpu") and cache.to(device) move all of it; '
+    'generate(cache_implementation="offloaded") uses transformers\' own 16-bit cache'
+)
 
 
 class InnerQLayer(CacheLayerMixin):
@@ -53,14 +59,12 @@ class InnerQLayer(CacheLayerMixin):
                 f"InnerQ needs keys and values of one shape, got {tuple(key_states.shape)} and "
                 f"{tuple(value_states.shape)}"
             )
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+        self.device = key_states.device
         self.batch_size, self.num_heads, num_new, self.head_dim = key_states.shape
         if self.max_cache_len is None:
-            self.capacity = max(MIN_CAPACITY, _round_up(2 * num_new), self.capacity)
+            self.capacity = max(first_capacity(num_new), self.capacity)
         self.state = self._allocate()
-        if self._first_pads is not None:
-            self.state.counts[:, PADS] = self._first_pads.to(self.device)
-            self._first_pads = None
         self.is_initialized = True
 
     def set_pads(self, pads: torch.Tensor | None) -> None:
@@ -72,39 +76,48 @@ class InnerQLayer(CacheLayerMixin):
             pads: int64 [B]; ``None`` for no padding.
         """
         self.padding_is_known = True
-        if self.state is None:
+        if self.is_empty:
             self._first_pads = pads
-        elif pads is not None or self.is_empty:
+        elif pads is not None:
+            assert self.state is not None
             slots, known = self.state.counts[:, SLOTS], self.state.counts[:, PADS]
-            new = torch.zeros_like(known) if pads is None else pads.to(known.device)
-            self.state.counts[:, PADS] = torch.where(slots <= known, new, known)
+            self.state.counts[:, PADS] = torch.where(slots <= known, pads.to(known.device), known)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends keys and values [B, H, M, D] and returns those to attend to.
 
+        The layer takes its dtype from the first keys and values: the one that holds both exactly, which under
+        ``torch.autocast`` differ. What comes later in a dtype that this one holds exactly is cast to it.
+
         Returns:
             On an empty layer the exact chunk itself, [B, H, M, D]. Otherwise [B, H, capacity, D]: the dequantized
-            past and the exact chunk, each in its slot.
+            past and the exact chunk, each in its slot. In the layer's dtype.
 
         Raises:
-            ValueError: Batch, heads, head_dim, dtype or device differ from the first call; nothing was changed.
+            ValueError: Batch, heads, head_dim or device differ from what the layer holds, or it would round the dtype;
+                nothing was changed. An empty layer holds nothing: it is allocated anew.
             RuntimeError: The chunk does not fit the capacity; nothing was changed.
         """
-        if not self.is_initialized:
+        if not self.is_initialized or (self.is_empty and not self._fits(key_states, value_states)):
             self.lazy_initialization(key_states, value_states)
         assert self.state is not None
         self._check_input(key_states, value_states)
+        key_states, value_states = cast_exactly(key_states, self.dtype), cast_exactly(value_states, self.dtype)
         num_new = key_states.shape[2]
         if self.is_empty:
             if num_new > self.capacity:
                 raise RuntimeError(
                     f"InnerQ cache is too small: a prompt of {num_new} tokens does not fit its capacity of "
-                    f"{self.capacity}; build the cache with a larger max_cache_len"
+                    f"{self.capacity}; call cache.reserve({num_new}) before, or build the cache with a larger "
+                    "max_cache_len"
                 )
             if self.batch_size > 1 and not self.padding_is_known:
                 _tell_once_that_padding_is_unknown()
+            if self._first_pads is not None:
+                self.state.counts[:, PADS] = self._first_pads.to(self.device)
+                self._first_pads = None
             self._append(key_states, value_states)
             self.is_empty = False
             return key_states, value_states
@@ -139,26 +152,33 @@ class InnerQLayer(CacheLayerMixin):
         return self.get_max_length()
 
     def reset(self) -> None:
-        """Empties the layer without reallocating."""
+        """Empties the layer without reallocating: it is as good as new, bit for bit."""
         self.is_empty = True
         self.padding_is_known, self._first_pads = False, None
         if self.state is not None:
-            self.state.counts.zero_()
+            for buffer in self.state:
+                buffer.zero_()
+            self.state.key_norm.fill_(1)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the last ``-tokens_to_remove`` tokens (transformers hands over a number <= 0).
+
+        A layer that is left without any is as good as new.
 
         Raises:
             ValueError: A positive number.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a number <= 0, got {tokens_to_remove}")
-        if self.state is not None and tokens_to_remove:
+        if self.state is not None and tokens_to_remove and not self.is_empty:
             reference.crop_kv(self.state, self.config, self.capacity, -int(tokens_to_remove))
-            self.is_empty = int(self.state.counts[0, SLOTS]) == 0
+            if int(self.state.counts[0, SLOTS]) == 0:
+                self.reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes the former row ``beam_idx[i]``; the buffers keep their addresses."""
+        if self._first_pads is not None:
+            self._first_pads = self._first_pads[beam_idx.to(self._first_pads.device)]
         if self.state is not None:
             index = beam_idx.to(self.device)
             for buffer in self.state:
@@ -167,38 +187,40 @@ class InnerQLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times, next to each other."""
-        self.batch_select_indices(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
+        self._change_rows(lambda rows: rows.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows at ``indices``, in that order; the batch size may change."""
-        if self.state is not None:
-            index = indices.to(self.device)
-            self.state = LayerState(*(b.index_select(0, index) if b.numel() else b for b in self.state))
-            self.batch_size = len(index)
-            _mark_static(self.state)
+        """Keeps the rows at ``indices`` (numbers, or a boolean per row), in that order; the batch size may change."""
+        self._change_rows(lambda rows: rows[indices.to(rows.device)])
 
     def to(self, device: torch.device | str) -> None:
         """Moves the buffers; what is appended next must come from there."""
         if self.state is not None:
-            self.state = LayerState(*(buffer.to(device) for buffer in self.state))
+            with may_be_changed_anywhere():
+                self.state = LayerState(*(buffer.to(device) for buffer in self.state))
             self.device = self.state.counts.device
             _mark_static(self.state)
 
     def offload(self) -> None:
-        """Moves the buffers to the CPU."""
-        if self.state is not None:
-            self.state = LayerState(*(buffer.to("cpu", non_blocking=True) for buffer in self.state))
+        """Refused: between calls :meth:`to` moves a cache, within a call compiled graphs rely on its addresses.
 
-    def prefetch(self) -> None:
-        """Brings offloaded buffers back."""
-        if self.state is not None and self.state.counts.device != self.device:
-            self.state = LayerState(*(buffer.to(self.device, non_blocking=True) for buffer in self.state))
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(NO_OFFLOADING)
 
-    def ensure_capacity(self, num_tokens: int) -> None:
-        """Doubles a growing layer until it holds ``num_tokens``; what is stored stays bit for bit."""
-        if self.max_cache_len is not None or num_tokens <= self.capacity:
+    prefetch = offload
+
+    def resize(self, capacity: int) -> None:
+        """Makes room for ``capacity`` tokens, whatever the layer was made for; what is stored stays bit for bit.
+
+        Never shrinks.
+        """
+        if capacity <= self.capacity:
             return
-        self.capacity = max(2 * self.capacity, MIN_CAPACITY, _round_up(num_tokens))
+        self.capacity = capacity
+        if self.max_cache_len is not None:
+            self.max_cache_len = capacity
         if self.state is not None:
             old, self.state = self.state, None
             self.state = self._allocate()
@@ -211,15 +233,16 @@ class InnerQLayer(CacheLayerMixin):
         return 0 if self.state is None else state_bytes(self.state)
 
     def _allocate(self) -> LayerState:
-        state = allocate_state(
-            self.config,
-            batch_size=self.batch_size,
-            num_kv_heads=self.num_heads,
-            head_dim=self.head_dim,
-            capacity=self.capacity,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        with may_be_changed_anywhere():
+            state = allocate_state(
+                self.config,
+                batch_size=self.batch_size,
+                num_kv_heads=self.num_heads,
+                head_dim=self.head_dim,
+                capacity=self.capacity,
+                dtype=self.dtype,
+                device=self.device,
+            )
         _mark_static(state)
         return state
 
@@ -231,16 +254,42 @@ class InnerQLayer(CacheLayerMixin):
         assert self.state is not None
         return ops.dequantize_kv(*self.state, self.capacity, self.spec)
 
+    def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self._first_pads is not None:
+            self._first_pads = change(self._first_pads)
+        if self.state is not None:
+            with may_be_changed_anywhere():
+                self.state = LayerState(*(change(buffer) if buffer.numel() else buffer for buffer in self.state))
+            self.batch_size = self.state.counts.shape[0]
+            _mark_static(self.state)
+
+    def _fits(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether the buffers were allocated for keys and values like these."""
+        same_shape = (key.shape[0], key.shape[1], key.shape[3]) == (self.batch_size, self.num_heads, self.head_dim)
+        return same_shape and key.device == self.device and all(holds(self.dtype, x.dtype) for x in (key, value))
+
     def _check_input(self, key: torch.Tensor, value: torch.Tensor) -> None:
         expected = (self.batch_size, self.num_heads, self.head_dim)
         for name, x in (("keys", key), ("values", value)):
             got = (x.shape[0], x.shape[1], x.shape[3])
             if got != expected:
                 raise ValueError(f"InnerQ cache holds (batch, heads, head_dim) = {expected}, got {name} of {got}")
-            if x.dtype != self.dtype or x.device != self.device:
+            if x.device != self.device or not holds(self.dtype, x.dtype):
                 raise ValueError(
-                    f"InnerQ cache holds {self.dtype} on {self.device}, got {name} of {x.dtype} on {x.device}"
+                    f"InnerQ cache holds {self.dtype} on {self.device}, got {name} of {x.dtype} on {x.device}; dtype "
+                    "and device are those of the first call (run prompt and decoding alike, inside torch.autocast or "
+                    "outside of it)"
                 )
+
+
+def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether every number of dtype ``other`` is one of ``dtype``."""
+    return torch.promote_types(dtype, other) == dtype
+
+
+def cast_exactly(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x`` in ``dtype``. A graph gets a node for it only where something is to be done."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _mark_static(state: LayerState) -> None:
@@ -248,10 +297,6 @@ def _mark_static(state: LayerState) -> None:
     if not torch.compiler.is_compiling():
         for buffer in state:
             torch._dynamo.mark_static_address(buffer)
-
-
-def _round_up(num_tokens: int) -> int:
-    return -(-num_tokens // (8 * BLOCK)) * 8 * BLOCK
 
 
 _told: set[str] = set()

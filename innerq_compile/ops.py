@@ -116,8 +116,8 @@ def overflow_error(length: int, num_new: int, capacity: int, layer: str = "") ->
         )
     return RuntimeError(
         f"{where}InnerQ cache is full: it holds {length} tokens, {num_new} more do not fit its capacity of {capacity}; "
-        "build the cache with a larger max_cache_len. (A cache without one grows under generate() and in "
-        "uncompiled calls, but not inside a compiled call of the model.)"
+        "call cache.reserve(num_tokens) before, or build the cache with a larger max_cache_len. (A cache without one "
+        "grows under generate() and in uncompiled calls, but not inside a compiled call of the model.)"
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -36,7 +37,8 @@ def watch_masks() -> None:
 
 def ask(cache: Learner, query_length: int) -> None:
     """Makes ``cache`` the one that the next mask of this thread belongs to, if it is for ``query_length`` queries."""
-    _asking.cache, _asking.query_length = cache, query_length
+    # The mask may never come: whoever asked must not live on for it.
+    _asking.cache, _asking.query_length = weakref.ref(cache), query_length
 
 
 def leading_pads(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -47,7 +49,8 @@ def leading_pads(attention_mask: torch.Tensor) -> torch.Tensor:
 def _watching(inner: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(inner)
     def make_mask(*args: Any, **kwargs: Any) -> Any:
-        cache, query_length = getattr(_asking, "cache", None), kwargs.get("q_length")
+        reference, query_length = getattr(_asking, "cache", None), kwargs.get("q_length")
+        cache = None if reference is None else reference()
         if cache is not None and _asking.query_length == query_length:
             cache.set_padding(kwargs.get("attention_mask"))
         _asking.cache = None

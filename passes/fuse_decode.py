@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from innerq_compile import ops
+from innerq_compile.passes.canonicalize import value_of
 from innerq_compile.passes.match import DecodeSite
 
 
@@ -25,7 +26,18 @@ def fuse_decode(graph: fx.Graph, site: DecodeSite, *, exact: bool) -> fx.Node:
             (site.query, *site.state, site.mask, site.sm_scale, site.capacity, site.spec, exact),
         )
     fused.meta = dict(site.attention.meta)
-    site.attention.replace_all_uses_with(fused)
+    site.attention.replace_all_uses_with(_like(site, fused))
     for node in (site.attention, *reversed(site.dead), site.dequantize):
         graph.erase_node(node)
     return fused
+
+
+def _like(site: DecodeSite, fused: fx.Node) -> fx.Node:
+    """``fused`` in the dtype of the attention it replaces: ``torch.autocast`` casts the operands of one of its own."""
+    query, result = value_of(site.query), value_of(site.attention)
+    if getattr(result, "dtype", query.dtype) == query.dtype:
+        return fused
+    with fused.graph.inserting_after(fused):
+        cast = fused.graph.call_method("to", (fused, result.dtype))
+    cast.meta, fused.meta["example_value"] = dict(fused.meta), query
+    return cast

@@ -24,9 +24,13 @@ ALLOWED = {
     "padding": set(),
     "rope": set(),
     "overflow": {"layout", "ops"},
-    "layer": {"config", "layout", "quant", "reference", "ops"},
-    "cache": {"config", "folded", "layout", "layer", "overflow", "padding", "rope", "storage"},
-    "storage": {"config", "layout", "layer"},
+    "room": {"config", "ops"},
+    "held_tensors": set(),
+    "facts": {"folded", "room"},
+    "sixteen_bit": {"held_tensors", "ops", "room"},
+    "layer": {"config", "held_tensors", "layout", "quant", "reference", "ops", "room"},
+    "cache": {"config", "facts", "folded", "held_tensors", "layout", "layer", "overflow", "padding", "room", "rope"},
+    "storage": {"config", "layout", "layer", "sixteen_bit"},
     "shadow": {"config", "layout", "ops"},
     "report": {"config", "layout", "quant", "reference", "ops"},
     "kernels.cpu": {"config", "layout", "quant", "ops", "report"},
@@ -36,10 +40,11 @@ ALLOWED = {
     "fold": {"calibration", "folded", "passes"},
     "optimum_fx": {"fold", "passes"},
     "explainer": {"config", "cache", "report", "passes"},
-    "generation": {"config", "cache", "folded", "backend"},
+    "generation": {"config", "cache", "folded", "room", "backend"},
     "export": {"config", "layout", "quant", "reference", "ops", "cache", "report", "passes", "kernels", "backend"},
     "demo": {"config", "layout", "quant", "reference", "ops", "cache", "report", "passes", "kernels", "backend"},
 }
+ALLOWED["cache"] |= {"sixteen_bit", "storage"}
 ALLOWED["evaluation"] = {"cache", "demo", "kernels"}
 ALLOWED["demo"] |= {"explainer", "fold", "generation"}
 ALLOWED["cli"] = {*ALLOWED["export"], "explainer", "generation", "export", "demo", "evaluation", "__init__"}

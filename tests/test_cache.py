@@ -167,7 +167,7 @@ def test_mistral_with_a_window_on_every_layer_is_left_alone():
         ({"batch": 2}, r"\(batch, heads, head_dim\) = \(1, 2, 32\), got keys of \(2, 2, 32\)"),
         ({"heads": 4}, r"got keys of \(1, 4, 32\)"),
         ({"dim": 64}, r"got keys of \(1, 2, 64\)"),
-        ({"dtype": torch.float16}, r"holds torch.float32 on cpu, got keys of torch.float16"),
+        ({"dtype": torch.float64}, r"holds torch.float32 on cpu, got keys of torch.float64"),
         ({"device": "meta"}, r"on cpu, got keys of torch.float32 on meta"),
     ],
 )

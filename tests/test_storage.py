@@ -8,9 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3TextConfig
 
-from innerq_compile import InnerQCache
+from innerq_compile import InnerQCache, storage
 from innerq_compile.folded import set_mark
-from innerq_compile.layout import PADS, QUANTIZED, SLOTS
+from innerq_compile.layout import PADS, QUANTIZED, SLOTS, LayerState, allocate_state
 from innerq_compile.storage import FORMAT
 
 
@@ -88,10 +88,11 @@ def test_sixteen_bit_layers_are_saved_too(make_model, tmp_path):
         layer_types=["sliding_attention", "full_attention"],
     )
     model = make_model(config)
-    cache = prefilled(model, max_cache_len=256)
-    cache.save(tmp_path / "file")
-    loaded = InnerQCache.load(tmp_path / "file", config)
-    assert torch.equal(continuation(model, loaded), continuation(model, cache))
+    for length, capacity in ((200, 256), (7, 256), (200, None)):
+        cache = prefilled(model, length, max_cache_len=capacity)
+        cache.save(tmp_path / "file")
+        loaded = InnerQCache.load(tmp_path / "file", config)
+        assert torch.equal(continuation(model, loaded), continuation(model, cache))
 
 
 @pytest.mark.parametrize(
@@ -117,14 +118,15 @@ def test_a_model_whose_key_norm_was_folded_since_is_refused(tiny_model, tiny_con
         InnerQCache.load(tmp_path / "file", tiny_config)
 
 
-def rewrite(path, header=None, drop=(), **tensors):
-    """Writes the file again with another header text or other tensors."""
+def rewrite(path, header=None, drop=(), sign=False, **tensors):
+    """Writes the file again with another header text or other tensors, and a checksum that is right if ``sign``."""
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    if header is not None:
-        metadata[FORMAT] = json.dumps({**json.loads(metadata[FORMAT]), **header})
-    kept = {name: tensor for name, tensor in load_file(path).items() if name not in drop}
-    save_file({**kept, **tensors}, path, metadata=metadata)
+        described = {**json.loads(file.metadata()[FORMAT]), **(header or {})}
+    kept = {name: tensor for name, tensor in load_file(path).items() if name not in drop} | tensors
+    if sign:
+        del described["checksum"]
+        described["checksum"] = storage._checksum(described, kept)
+    save_file(kept, path, metadata={FORMAT: json.dumps(described)})
 
 
 def counts(slots, quantized, pads):
@@ -134,19 +136,19 @@ def counts(slots, quantized, pads):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"header": {"version": 2}}, "version 2 of the format, this is version 1"),
+        ({"header": {"version": 1}}, "version 1 of the format, this is version 2"),
         ({"header": {"settings": {"key_bits": 3, "bits": 3}}}, "unknown InnerQ settings"),
-        ({"header": {"settings": {"key_bits": 8}}}, "k_codes must be torch.uint8"),
+        ({"header": {"settings": {"key_bits": 8}}}, "k_codes must be U8"),
         ({"header": {"settings": "base"}}, "settings and model must be objects"),
         ({"header": {"layers": [{}]}}, "does not describe 2 layers"),
         ({"header": {"max_cache_len": -1}}, "max_cache_len must be a positive integer"),
         ({"drop": ("1.k_codes",)}, "at layer 1: expected the tensors"),
         ({"7.k_codes": torch.zeros(1)}, "belong to no layer: 7.k_codes"),
-        ({"0.v_window": torch.zeros(1, 2, 160, 64)}, "v_window must be torch.float32"),
-        ({"0.v_scales": torch.zeros(1, 2, 9, 32)}, "v_scales must be torch.float16"),
+        ({"0.v_window": torch.zeros(1, 2, 160, 64)}, "v_window must be F32"),
+        ({"0.v_scales": torch.zeros(1, 2, 9, 32)}, "v_scales must be F16"),
         ({"0.k_window": torch.zeros(3)}, "at layer 0"),
-        ({"0.counts": counts(200, 32, 0).int()}, "counts must be int64"),
-        ({"0.counts": counts(513, 352, 0)}, "holds 513 tokens, more than the capacity of 512"),
+        ({"0.counts": counts(200, 32, 0).int()}, "counts must be I64"),
+        ({"0.counts": counts(201, 64, 0)}, "holds 201 tokens, its header says 200"),
         ({"0.counts": counts(200, 1 << 40, 0)}, "can have the counts"),
         ({"0.counts": counts(200, 33, 0)}, "can have the counts"),
         ({"0.counts": counts(200, -32, 0)}, "can have the counts"),
@@ -162,6 +164,148 @@ def test_a_damaged_file_is_refused(tiny_model, tmp_path, change, message):
     rewrite(tmp_path / "file", **change)
     with pytest.raises(ValueError, match=message):
         InnerQCache.load(tmp_path / "file", tiny_model.config)
+
+
+@pytest.fixture
+def allocations(monkeypatch):
+    """The device of every layer state that is allocated: only shapes on meta before a file is found right."""
+    devices = []
+
+    def allocate(*args, **kwargs):
+        devices.append(str(kwargs["device"]))
+        return allocate_state(*args, **kwargs)
+
+    monkeypatch.setattr("innerq_compile.layer.allocate_state", allocate)
+    return devices
+
+
+LAYER_1 = tuple(f"1.{name}" for name in LayerState._fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drop": LAYER_1}, "at layer 1: expected the tensors k_codes"),
+        ({"drop": LAYER_1, "header": {"layers": [200, 0]}}, r"its layers differ: \[\(0, 0\), \(1, 200\)\]"),
+        ({"header": {"layers": [200, 0]}}, "expected the tensors of an empty layer: none, got"),
+        ({"header": {"layers": [200, "200"]}}, "must be an integer >= 0, got '200'"),
+        ({"header": {"layers": [True, True]}}, "must be an integer >= 0, got True"),
+        ({"header": {"layers": [-1, -1]}}, "must be an integer >= 0, got -1"),
+        ({"header": {"layers": [10**30, 10**30]}}, "its header says 1000"),
+        ({"header": {"layers": {"0": 200, "1": 200}}}, "does not describe 2 layers"),
+        ({"header": {"layers": None}}, "does not describe 2 layers"),
+        ({"header": {"max_cache_len": 10**13}}, "its checksum is wrong"),
+        ({"header": {"max_cache_len": 10**13}, "sign": True}, "a capacity of 10000000000000 tokens, more than 4096"),
+        ({"header": {"max_cache_len": "512"}}, "max_cache_len must be a positive integer or None, got '512'"),
+        ({"header": {"max_cache_len": True}}, "max_cache_len must be a positive integer or None, got True"),
+        ({"header": {"max_cache_len": 0}}, "max_cache_len must be a positive integer or None, got 0"),
+        ({"header": {"max_cache_len": [512]}}, "max_cache_len must be a positive integer or None"),
+        ({"header": {"max_cache_len": 199}, "sign": True}, "holds 200 tokens, more than the capacity of 199"),
+        ({"header": {"max_cache_len": 511}}, "its checksum is wrong"),
+        ({"header": {"settings": {"sink": 10**13}}}, "has windows of 10000000000"),
+        ({"header": {"settings": {"sink": 10**3}}}, "can have the counts"),
+        ({"header": {"settings": {"sink": True}}}, "sink must be an integer"),
+        ({"header": {"settings": {"key_bits": 8.0}}}, "key_bits must be one of"),
+        ({"header": {"settings": {"key_bits": [3]}}}, "key_bits must be one of"),
+        ({"header": {"settings": {"key_norm": {"a": []}}}}, "key_norm must be one of"),
+        ({"header": {"settings": {"group_size": 64}}}, "expected the tensors keys, values, got"),
+        ({"header": {"settings": {"max_cache_len": 5, "preset": "base"}}}, "unknown InnerQ settings"),
+        ({"header": {"settings": []}}, "settings and model must be objects"),
+        ({"header": {"model": {}}}, "saved for another model"),
+        ({"header": {"version": True}}, "version True of the format"),
+        ({"header": {"version": None}}, "version None of the format"),
+        ({"header": {"checksum": None}}, "its checksum is wrong"),
+        ({"header": {"grows_per_call": 7}}, "its checksum is wrong"),
+        ({"0.counts": torch.zeros(1, 3, 1, dtype=torch.int64)}, "counts must be I64"),
+        ({"0.counts": torch.zeros(0, 3, dtype=torch.int64)}, "counts must be I64"),
+        ({"0.k_window": torch.zeros(10**9, 2, 160, 0)}, "none of them 0"),
+        ({"0.k_window": torch.zeros(1, 2, 160, 32, dtype=torch.int32)}, "keys must be floats"),
+        ({"0.k_window": torch.zeros(1, 2, 160, 32).half()}, "v_window must be F16"),
+        ({"0.key_norm": torch.full((1, 2, 32), 0.5)}, "its checksum is wrong"),
+    ],
+)
+def test_a_file_is_right_or_refused_before_anything_is_allocated(tiny_model, tmp_path, allocations, change, message):
+    prefilled(tiny_model, max_cache_len=512).save(tmp_path / "file")
+    rewrite(tmp_path / "file", **change)
+    allocations.clear()
+    with pytest.raises(ValueError, match=message) as error:
+        InnerQCache.load(tmp_path / "file", tiny_model.config)
+    assert str(tmp_path / "file") in str(error.value)
+    assert not allocations
+
+
+def test_every_flipped_byte_and_every_truncation_is_found(tiny_config, make_model, tmp_path, allocations):
+    tiny_config.num_hidden_layers = 1
+    model, path = make_model(tiny_config), tmp_path / "file"
+    prefilled(model, 170, max_cache_len=256).save(path)
+    right, allocated = path.read_bytes(), len(allocations)
+    header_end = 8 + int.from_bytes(right[:8], "little")
+    places = {*range(0, header_end, 13), *range(header_end, len(right), len(right) // 60), len(right) - 1}
+    for place in sorted(places):
+        path.write_bytes(right[:place] + bytes([right[place] ^ 0x21]) + right[place + 1 :])
+        with pytest.raises(ValueError, match=str(path)):
+            InnerQCache.load(path, model.config)
+    for length in (0, 1, 7, 8, 100, header_end, len(right) - 1):
+        path.write_bytes(right[:length])
+        with pytest.raises(ValueError, match=str(path)):
+            InnerQCache.load(path, model.config)
+    path.write_bytes(right + b"x")
+    with pytest.raises(ValueError, match=str(path)):
+        InnerQCache.load(path, model.config)
+    assert len(allocations) == allocated
+    path.write_bytes(right)
+    assert InnerQCache.load(path, model.config).num_tokens() == 170
+
+
+def test_nesting_without_end_is_a_damaged_header(tiny_model, tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "file", metadata={FORMAT: "[" * 100_000})
+    with pytest.raises(ValueError, match="damaged header"):
+        InnerQCache.load(tmp_path / "file", tiny_model.config)
+
+
+def test_a_cropped_cache_survives(tiny_model, tmp_path):
+    cache = prefilled(tiny_model, 300, max_cache_len=300)
+    cache.crop(-60)
+    cache.save(tmp_path / "file")
+    loaded = InnerQCache.load(tmp_path / "file", tiny_model.config)
+    assert torch.equal(continuation(tiny_model, loaded), continuation(tiny_model, cache))
+    with pytest.raises(ValueError, match=r"holds 240 tokens, more than the capacity of 240 \(packed like these"):
+        InnerQCache.load(tmp_path / "file", tiny_model.config, max_cache_len=240)
+
+
+def test_saves_of_two_processes_do_not_meet_and_a_failed_one_leaves_nothing(tiny_model, tmp_path, monkeypatch):
+    cache, path, names = prefilled(tiny_model), tmp_path / "file", []
+    cache.save(path)
+    before = path.read_bytes()
+
+    def fail(tensors, target, metadata):
+        names.append(target.name)
+        target.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("innerq_compile.storage.save_file", fail)
+    for _ in range(2):
+        with pytest.raises(OSError, match="disk full"):
+            cache.save(path)
+    assert len(set(names)) == 2 and all(name.startswith("file.") for name in names)
+    assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_cache_in_the_middle_of_a_step_is_not_saved(tiny_model, tmp_path):
+    cache = prefilled(tiny_model)
+    key = torch.zeros(1, 2, 1, 32)
+    cache.update(key, key, 0)
+    with pytest.raises(ValueError, match=r"different numbers of tokens and cannot be saved: \[201, 200\]"):
+        cache.save(tmp_path / "file")
+
+
+def test_whether_a_cache_may_grow_between_calls_is_kept(tiny_model, tmp_path):
+    cache = prefilled(tiny_model, max_cache_len=512)
+    for grows in (True, False):
+        cache.grows_per_call = grows
+        cache.save(tmp_path / "file")
+        assert InnerQCache.load(tmp_path / "file", tiny_model.config).grows_per_call is grows
+    assert InnerQCache.load(tmp_path / "file", tiny_model.config, max_cache_len=600).grows_per_call is False
 
 
 def test_foreign_and_truncated_files_are_refused(tiny_model, tmp_path):
