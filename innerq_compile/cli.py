@@ -153,7 +153,12 @@ def explain(
     network = AutoModelForCausalLM.from_pretrained(model).eval()
     with _user_errors():
         report = explain_model(network, preset=preset)
-    print(report.dumps() if as_json else report)
+    if as_json:
+        print(json.dumps({**json.loads(report.dumps()), "kernels": kernels()}))
+        return
+    print(report)
+    for device, text in kernels().items():
+        print(f"{device}: {text}")
 
 
 @app.command()
@@ -193,7 +198,20 @@ def environment() -> dict[str, str]:
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if cuda else "absent",
         "c++ compiler": _compiler(),
+        **kernels(),
     }
+
+
+def kernels() -> dict[str, str]:
+    """Which kernels the ops run on each device that is here; builds those of the CPU if that was not tried yet."""
+    import torch
+
+    from innerq_compile.kernels import cpu, triton
+
+    found = {"cpu kernels": cpu.description()}
+    if torch.cuda.is_available():
+        found["gpu kernels"] = triton.description()
+    return found
 
 
 def _compiler() -> str:

@@ -31,7 +31,8 @@ def model_dir(tmp_path, tiny_model):
 def test_env_names_versions_devices_and_compiler():
     facts = json.loads(run("env", "--json").stdout)
     assert facts["torch"] == torch.__version__
-    assert set(facts) >= {"innerq_compile", "python", "transformers", "cpu", "gpu", "c++ compiler"}
+    assert set(facts) >= {"innerq_compile", "python", "transformers", "cpu", "gpu", "c++ compiler", "cpu kernels"}
+    assert facts["cpu kernels"].startswith(("C++ for ", "reference, because "))
     assert "c++ compiler" in run("env").stdout
 
 
@@ -48,7 +49,9 @@ def test_generate_writes_what_full_precision_writes_with_eight_bits(model_dir):
 def test_explain_lists_every_layer(model_dir):
     report = json.loads(run("explain", "--model", model_dir, "--json").stdout)
     assert (report["found"], report["rewritten"], report["refused"]) == (2, 2, 0)
-    assert "2 rewritten" in run("explain", "--model", model_dir).stdout
+    assert set(report["kernels"]) >= {"cpu kernels"}
+    text = run("explain", "--model", model_dir).stdout
+    assert "2 rewritten" in text and f"cpu kernels: {report['kernels']['cpu kernels']}" in text
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,7 @@ def test_a_constant_and_a_hostile_token_do_not_disturb_the_others(load_kernels):
 
 NAN, INF = float("nan"), float("inf")
 HOSTILE = [
-    # row, head, token, channel, number: in the sink, packed (token 100 in block 2, 300 in block 8), in the recent window
+    # row, head, token, channel, number: in the sink, packed (token 100 in block 2, 300 in block 8), or recent
     ("key", 0, 0, 100, 3, INF),
     ("key", 0, 1, 7, 5, NAN),
     ("key", 1, 1, 495, 5, NAN),
@@ -669,7 +669,7 @@ assert all(torch.equal(a, b) for a, b in zip(state, other))
 assert torch.equal(out, reference.decode_attention(query, other, None, 0.125, config, 400))
 messages = [str(w.message) for w in caught if "CPU kernels are off" in str(w.message)]
 assert len(messages) == 1, messages
-assert messages[0].endswith(cpu.unavailable())
+assert cpu.unavailable() in messages[0]
 print(messages[0])
 """
 

@@ -42,9 +42,9 @@ def description() -> str:
         return f"reference, because {reason}"
     name = build.load().innerq_instruction_set
     name.restype = ctypes.c_char_p
-    threads = (
-        "torch's OpenMP" if build.torch_omp_parallel() else "threads of its own (torch's OpenMP has no GOMP entry)"
-    )
+    threads = "torch's OpenMP threads"
+    if not build.torch_omp_parallel():
+        threads = "threads started by every call (no GOMP_parallel in torch's OpenMP)"
     return f"C++ for {name().decode()}, {threads}"
 
 

@@ -124,9 +124,10 @@ def find_compiler() -> tuple[str, ...]:
 
 
 def library_path(name: str) -> Path:
-    """Where a library lies, or is to be built: in :func:`cache_dir`, or, after a warning, in a private temporary folder.
+    """Where a library lies, or is to be built: in :func:`cache_dir`.
 
-    The latter where there is no home directory, as for the arbitrary user ids of containers, or it cannot be used.
+    In a private temporary folder, after a warning, where that cannot be used or there is no home directory, as for the
+    arbitrary user ids of containers.
     """
     try:
         folder = cache_dir()

@@ -56,7 +56,7 @@ def unsupported(config: InnerQConfig, head_dim: int, dtype: torch.dtype) -> str 
 
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int32, ctypes.POINTER(Settings))
 def read_settings(spec: bytes, head_dim: int, dtype: int, settings: ctypes._Pointer[Settings]) -> int:
-    """kernels.h's ``ReadSettings``: called once per config string, head_dim and dtype, so it tells once what is slow."""
+    """kernels.h's ``ReadSettings``: called once per config string, head_dim and dtype, so a refusal is told once."""
     try:
         config = InnerQConfig.from_spec(spec.decode())
     except ValueError:

@@ -21,7 +21,7 @@ import torch
 from innerq_compile import ops
 from innerq_compile.layout import LayerState
 
-__all__ = ["register_decompositions", "unavailable"]
+__all__ = ["description", "register_decompositions", "unavailable"]
 
 OPS: dict[str, int] = {"append_kv": 2, "dequantize_kv": 0, "decode_attention": 1}
 """Ops that have kernels here -> their arguments before the cache's buffers, tensors all. The module of an op's name
@@ -55,6 +55,12 @@ def unavailable() -> str | None:
         library.impl(name, launcher)
     _libraries.append(library)
     return None
+
+
+def description() -> str:
+    """Which kernels a GPU runs, in words, or the reason why there are none."""
+    reason = unavailable()
+    return f"reference, because {reason}" if reason else f"Triton {import_module('triton').__version__}"
 
 
 def decompose(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
