@@ -37,6 +37,7 @@ from innerq_compile.kernels.triton.scales import load_key_scales, load_value_sca
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 _SMALLEST_PEAK = tl.constexpr(2.0**-100)  # far below any query that has a score; its inverse is finite
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves an integer
 _CAUSAL, _BOOLEAN, _ADDITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -312,13 +313,13 @@ def _take_infinite(values, weights, none):
     """Values [NB, 32 channels, 32 tokens] with 0 for what is not finite, and what a row gets from that, [NB, 32, RT].
 
     A NaN counts as both infinities, whose sum it is. Their numbers among the tokens that have a weight are counted by
-    one product, negative ones in units of 64.
+    one product, negative ones in units of 128, which a bfloat16 adds exactly to 1.
     """
     x = values.to(tl.float32)
-    marks = tl.where(x < float("inf"), 0.0, 1.0) + tl.where(x > float("-inf"), 0.0, 64.0)
+    marks = tl.where(x < float("inf"), 0.0, 1.0) + tl.where(x > float("-inf"), 0.0, 128.0)
     found = tl.dot(marks.to(values.dtype), (weights > 0).to(values.dtype), none, input_precision="ieee")
-    negative = tl.floor(found * (1.0 / 64.0))
-    infinite = tl.where(found > 64.0 * negative, float("inf"), 0.0) - tl.where(negative > 0, float("inf"), 0.0)
+    negative = found * (1.0 / 128.0) + _ROUND - _ROUND  # of 32 tokens at most, so that the others are no half of a unit
+    infinite = tl.where(found > 128.0 * negative, float("inf"), 0.0) - tl.where(negative > 0, float("inf"), 0.0)
     return tl.where(marks == 0.0, values, 0.0), infinite
 
 
