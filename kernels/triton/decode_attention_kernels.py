@@ -220,7 +220,7 @@ def _attend_packed(
                 v_scales_ptr, v_zeros_ptr, block, part, HEAD_DIM, GROUP, V_MODE, V_CENTER, NB
             )
             if not SEES_ALL:
-                seen = tl.max(_only_part(visible.to(tl.int32), part, PARTS), 1) != 0  # [NB, RT or 1]
+                seen = tl.max(_only_part(visible.to(tl.float32), part, PARTS), 1) > 0  # [NB, RT or 1]
             updated = ()
             for t in tl.static_range(TILES):
                 start = t * (64 * V_BITS)
@@ -292,7 +292,7 @@ def _attend_windows(
     mask = _load_mask(0, token.to(tl.int64), end, limit, mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED)
     visible = _visible(0, token, end, limit, MASK_SHARED)
     scores, visible = _mask_scores(scores * scale, visible, mask, MASK)
-    is_seen = tl.max(visible.to(tl.int32), 2) != 0
+    is_seen = tl.max(visible.to(tl.float32), 2) > 0
     largest, weights, _ = _weigh(scores, tl.full([NB, RT], _LOWEST, tl.float32))
     pieces = pieces_of(weights * LARGEST_WEIGHT, DTYPE, CUT)
     for t in tl.static_range(TILES):
