@@ -23,12 +23,13 @@ def find_appends(graph: fx.Graph) -> list[Append]:
     inputs = list(graph.find_nodes(op="placeholder"))
     found: dict[tuple[str, str], Append] = {}
     for node in graph.find_nodes(op="call_function", target=ops.append_kv):
-        counts, capacity = node.args[_COUNTS], node.args[-2]
-        kept = _number(node.args[0].meta["example_value"].shape[2], inputs), _number(capacity, inputs)
-        if counts in inputs and kept[1] is not None:
+        arguments: tuple[Any, ...] = node.args
+        counts, capacity = arguments[_COUNTS], _number(arguments[-2], inputs)
+        if counts in inputs and capacity is not None:
             # A number of tokens that no input says is not announced: such a call is told by the next one.
-            append = Append(inputs.index(counts), kept[0] or 0, kept[1], module_path(node))
-            found.setdefault((str(append.num_new), str(append.capacity)), append)
+            num_new = _number(arguments[0].meta["example_value"].shape[2], inputs) or 0
+            append = Append(inputs.index(counts), num_new, capacity, module_path(node))
+            found.setdefault((str(num_new), str(capacity)), append)
     return list(found.values())
 
 

@@ -37,6 +37,7 @@ from innerq_compile.kernels.triton.scales import load_key_scales, load_value_sca
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 _SMALLEST_PEAK = tl.constexpr(2.0**-100)  # far below any query that has a score; its inverse is finite
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves an integer
 _CAUSAL, _BOOLEAN, _ADDITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -219,7 +220,7 @@ def _attend_packed(
                 v_scales_ptr, v_zeros_ptr, block, part, HEAD_DIM, GROUP, V_MODE, V_CENTER, NB
             )
             if not SEES_ALL:
-                seen = tl.max(_only_part(visible.to(tl.int32), part, PARTS), 1) != 0  # [NB, RT or 1]
+                seen = tl.max(_only_part(visible.to(tl.float32), part, PARTS), 1) > 0  # [NB, RT or 1]
             updated = ()
             for t in tl.static_range(TILES):
                 start = t * (64 * V_BITS)
@@ -291,7 +292,7 @@ def _attend_windows(
     mask = _load_mask(0, token.to(tl.int64), end, limit, mask_ptr, mask_rows, stride_ms, MASK, MASK_SHARED)
     visible = _visible(0, token, end, limit, MASK_SHARED)
     scores, visible = _mask_scores(scores * scale, visible, mask, MASK)
-    is_seen = tl.max(visible.to(tl.int32), 2) != 0
+    is_seen = tl.max(visible.to(tl.float32), 2) > 0
     largest, weights, _ = _weigh(scores, tl.full([NB, RT], _LOWEST, tl.float32))
     pieces = pieces_of(weights * LARGEST_WEIGHT, DTYPE, CUT)
     for t in tl.static_range(TILES):
@@ -312,13 +313,13 @@ def _take_infinite(values, weights, none):
     """Values [NB, 32 channels, 32 tokens] with 0 for what is not finite, and what a row gets from that, [NB, 32, RT].
 
     A NaN counts as both infinities, whose sum it is. Their numbers among the tokens that have a weight are counted by
-    one product, negative ones in units of 64.
+    one product, negative ones in units of 128, which a bfloat16 adds exactly to 1.
     """
     x = values.to(tl.float32)
-    marks = tl.where(x < float("inf"), 0.0, 1.0) + tl.where(x > float("-inf"), 0.0, 64.0)
+    marks = tl.where(x < float("inf"), 0.0, 1.0) + tl.where(x > float("-inf"), 0.0, 128.0)
     found = tl.dot(marks.to(values.dtype), (weights > 0).to(values.dtype), none, input_precision="ieee")
-    negative = tl.floor(found * (1.0 / 64.0))
-    infinite = tl.where(found > 64.0 * negative, float("inf"), 0.0) - tl.where(negative > 0, float("inf"), 0.0)
+    negative = found * (1.0 / 128.0) + _ROUND - _ROUND  # of 32 tokens at most, so that the others are no half of a unit
+    infinite = tl.where(found > 128.0 * negative, float("inf"), 0.0) - tl.where(negative > 0, float("inf"), 0.0)
     return tl.where(marks == 0.0, values, 0.0), infinite
 
 

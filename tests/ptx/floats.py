@@ -108,7 +108,7 @@ def roughly(machine: Machine, x: np.ndarray) -> np.ndarray:
         return x
     ulps = (x.view(np.uint32) * np.uint32(2654435761) >> np.uint32(16)) % np.uint32(2 * APPROXIMATION_ULPS + 1)
     moved = (x.view(np.int32) + ulps.astype(np.int32) - APPROXIMATION_ULPS).view(np.float32)
-    return np.where(np.isfinite(moved) & (np.abs(x) > 2 * np.finfo(np.float32).tiny), moved, x)
+    return np.where(np.isfinite(x) & np.isfinite(moved) & (np.abs(x) > 2 * np.finfo(np.float32).tiny), moved, x)
 
 
 @builds("sqrt", modifiers="rn")

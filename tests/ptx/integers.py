@@ -117,6 +117,19 @@ def extract_field(machine: Machine, instruction: Instruction) -> Step:
     return assign(out, lambda: value << up >> down)
 
 
+@builds("bfi")
+def insert_field(machine: Machine, instruction: Instruction) -> Step:
+    """The lowest ``length`` bits of the first number, from ``position`` on, in place of those of the second."""
+    target, x, y, position, length = instruction.operands
+    if {position, length} & machine.program.registers.keys():
+        raise EmulationError("only fields at fixed places are known")
+    out, field, rest = machine.target(target, "b32"), machine.value(x, "b32"), machine.value(y, "b32")
+    first, count = (int(machine.value(place, "u32")[0]) & 255 for place in (position, length))
+    mask = out.dtype.type(((1 << count) - 1 << first) & 0xFFFFFFFF)
+    up = out.dtype.type(first)
+    return assign(out, lambda: field << up & mask | rest & ~mask)
+
+
 @builds("lop3")
 def look_up_logic(machine: Machine, instruction: Instruction) -> Step:
     """Any function of three bits: bit ``4 a + 2 b + c`` of the table is its value."""
