@@ -159,9 +159,9 @@ def generate() -> str:
 
 def gpu() -> str:
     """Everything that make gpu measured, or the sentence that nothing was."""
-    from gpu_suite import render as gpu_suite
+    from gpu import tables
 
-    return gpu_suite.markdown(RESULTS)
+    return tables.markdown(RESULTS)
 
 
 def key_norm() -> str:
