@@ -85,7 +85,7 @@ emulate: $(STAMP) ## run the Triton kernels' tests as code compiled for an H100,
 	-n $(TEST_PROCESSES) tests/test_triton_kernels.py tests/test_triton_attention.py tests/test_ptx_kernels.py $(ARGS)
 
 soak: $(STAMP) ## generate 20,000 tokens: constant memory, no recompile, the cache equal to the reference
-	$(BIN)/python -P benchmarks/soak.py $(ARGS)
+	$(BIN)/python -P tests/soak.py $(ARGS)
 
 # Both lie in a folder of their own, in front of the environment's.
 oldest: $(STAMP) ## run the tests that touch transformers or Triton with the oldest supported versions of them

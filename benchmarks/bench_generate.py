@@ -36,16 +36,11 @@ from transformers.cache_utils import Cache
 from innerq_compile import InnerQCache
 
 LLAMA_1B = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "max_position_embeddings": 131072,
     "tie_word_embeddings": True,
-}
+}  # fmt: skip
+CONTEXTS, PRESETS = [4096, 16384, 32768], ["int4", "base", "small"]
 SHORT = 128
 """Tokens of the shortest context: its step is all weights and no attention to speak of, and nothing is quantized."""
 
@@ -66,12 +61,8 @@ class Result:
 
 
 def main(
-    contexts: Annotated[list[int], typer.Option("--context", help="Tokens in the cache; may be repeated.")] = [  # noqa: B006 typer reads it once
-        4096,
-        16384,
-        32768,
-    ],
-    presets: Annotated[list[str], typer.Option("--preset")] = ["int4", "base", "small"],  # noqa: B006
+    contexts: Annotated[list[int], typer.Option("--context", help="Tokens in the cache; may be repeated.")] = CONTEXTS,
+    presets: Annotated[list[str], typer.Option("--preset")] = PRESETS,
     model_dir: Annotated[str | None, typer.Option("--model", help="A model to use instead of random weights.")] = None,
     layers: Annotated[int, typer.Option(help="Layers of the random model.")] = 16,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",

@@ -55,12 +55,7 @@ def readme_table(result: dict[str, Any]) -> str:
         trained, copies = result["as trained"][name]["3"], [copy["3"] for copy in result["outliers"][name]]
         ratio = statistics.fmean(map(statistics.fmean, copies)) / statistics.fmean(trained[: len(copies[0])])
         grown = result["short starts"][start][name]["3"]
-        rows.append(
-            {
-                "key norm": title,
-                "as trained": cell(trained),
-                f"norm fixed by the first {start} tokens": cell(grown),
-                "outliers: times as much": f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}",
-            }
-        )
+        cells = {"as trained": cell(trained), f"norm fixed by the first {start} tokens": cell(grown)}
+        cells["outliers: times as much"] = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+        rows.append({"key norm": title, **cells})
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)

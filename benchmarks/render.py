@@ -8,12 +8,13 @@ result file.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+from gpu import tables  # benchmarks are run as files, so their folder is on the path
+from key_norm_tables import readme_table
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,16 +130,8 @@ def errors() -> str:
         ms = times(result).get((row[0], cost["context"]), {}).get(row[1])
         share = f"{cost['append_us'] / ms / 10:.1f} %" if ms else ""
         row += [f"{cost['append_us']:.0f}", share, f"{cost['prefill_gb_per_s_per_core']:.1f}"]
-    headers = [
-        "shape",
-        "preset",
-        "error, integer",
-        "error, exact=True",
-        "append, us",
-        "of the attention",
-        "prefill, GB/s",
-    ]
-    return table(rows, headers)
+    names = ["append, us", "of the attention", "prefill, GB/s"]
+    return table(rows, ["shape", "preset", "error, integer", "error, exact=True", *names])
 
 
 def generate_table(result: dict) -> str:
@@ -157,28 +150,14 @@ def generate() -> str:
     return f"{generate_table(result)}\n\n{conditions(result)}"
 
 
-def gpu() -> str:
-    """Everything that make gpu measured, or the sentence that nothing was."""
-    from gpu import tables
-
-    return tables.markdown(RESULTS)
-
-
-def key_norm() -> str:
-    """What each key norm costs at 3 bits."""
-    from key_norm_tables import readme_table
-
-    return readme_table(load(RESULTS / "key_norm.json"))
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "decode-attention": decode_attention,
     "generate": generate,
     "rivals": rivals,
     "errors": errors,
-    "gpu": gpu,
-    "key-norm": key_norm,
+    "gpu": lambda: tables.markdown(RESULTS),
+    "key-norm": lambda: readme_table(load(RESULTS / "key_norm.json")),
 }
 
 
@@ -232,8 +211,6 @@ def plot(path: Path) -> None:
 
 def main() -> None:
     """Writes the pages and the plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
     for page in PAGES:
         page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
     plot(PLOT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,6 @@ from tabulate import tabulate
 
 NOT_MEASURED = "Not yet measured on a GPU."
 PRESETS = ("base", "small", "int4", "int8")
-
-GOALS: dict[str, tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], bool]]] = {
-    "at least 60% of the ceiling from 128k tokens": (lambda r: _long(r), lambda r: r["share_of_ceiling"] >= 0.60),
-    "stretch: 75% of the ceiling from 128k tokens": (lambda r: _long(r), lambda r: r["share_of_ceiling"] >= 0.75),
-    "3.0x (small: 3.3x) the best bf16 from 128k tokens": (
-        lambda r: _long(r) and "speedup" in r, lambda r: r["speedup"] >= {"base": 3.0, "small": 3.3}[r["way"]]
-    ),
-    "1.5x the best bf16 at batch 1 and 32k": (
-        lambda r: "speedup" in r and (r["batch"], r["context"]) == (1, 32768), lambda r: r["speedup"] >= 1.5
-    ),
-    "never below 0.95x from 4k": (lambda r: "speedup" in r and r["context"] >= 4096, lambda r: r["speedup"] >= 0.95),
-}  # fmt: skip
-"""Goals that were set for one H100 before anything was measured: where each applies, and whether it is met."""
-
-
-def _long(row: dict[str, Any]) -> bool:
-    return row["batch"] * row["context"] >= 131072
 
 
 def markdown(results: Path) -> str:
@@ -39,7 +21,7 @@ def markdown(results: Path) -> str:
 
 def of(record: dict[str, Any]) -> str:
     """Where the numbers come from, what they are worth, and every table that has rows."""
-    found = [make(record) for make in (provenance, checks, attention, goals, append, models, memory)]
+    found = [make(record) for make in (provenance, checks, attention, append, models, memory)]
     return "\n\n".join(filter(None, found))
 
 
@@ -109,17 +91,6 @@ def attention(record: dict[str, Any]) -> str:
 def _time(row: dict[str, Any]) -> str:
     speedup = f"{row['speedup']:.2f}x; " if "speedup" in row else ""
     return f"{row['us']:.1f} ({speedup}{row['gb_per_s']:.0f}; {row['share_of_ceiling']:.0%})"
-
-
-def goals(record: dict[str, Any]) -> str:
-    """Every goal, and in how many of the cases that it applies to it was met."""
-    rows = [row for row in _rows(record, "attention") if "us" in row and row["way"] in ("base", "small")]
-    lines = []
-    for way in ("base", "small"):
-        for goal, (applies, met) in GOALS.items():
-            found = [met(row) for row in rows if row["way"] == way and applies(row)]
-            lines += [(way, goal, f"{sum(found)} of {len(found)}", "met" if all(found) else "not met")] if found else []
-    return _table("Goals, set for one H100", lines, ("preset", "goal", "cases", ""))
 
 
 def append(record: dict[str, Any]) -> str:
