@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from gpu import tables  # benchmarks are run as files, so their folder is on the path
-from key_norm_tables import readme_table
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,8 +35,8 @@ def load(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def table(rows: list[list[str]], headers: list[str]) -> str:
-    """A Markdown table of texts."""
+def table(rows: Sequence[Any], headers: str | Sequence[str]) -> str:
+    """A Markdown table of texts; of mappings, ``headers="keys"``."""
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
@@ -150,6 +151,59 @@ def generate() -> str:
     return f"{generate_table(result)}\n\n{conditions(result)}"
 
 
+def cell(values: Sequence[float]) -> str:
+    """``mean ± standard error`` in thousandths of a nat."""
+    mean = 1e3 * statistics.fmean(values)
+    error = 1e3 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return f"{mean:.2f} ± {error:.2f}" if mean < 100 else f"{mean:.0f}"
+
+
+def of_copies(copies: Sequence[dict[str, list[float]]], bits: str) -> list[float]:
+    """The mean KL of each copy."""
+    return [statistics.fmean(copy[bits]) for copy in copies]
+
+
+def key_norm_tables(result: dict[str, Any]) -> str:
+    """Everything, in thousandths of a nat."""
+    rows = []
+    for name, row in result["as trained"].items():
+        copies = result["outliers"][name]
+        cells = {f"K {b} bits": cell(values) for b, values in row.items()}
+        cells |= {f"outliers, K {b}": cell(of_copies(copies, b)) for b in copies[0]}
+        cells |= {f"start {s}, K 3": cell(part[name]["3"]) for s, part in result["short starts"].items()}
+        rows.append({"key norm": name, **cells})
+    kernels = [
+        {"through the kernels": name}
+        | {f"K {b}, {how}": cell(v) for how, part in result["kernels"].items() for b, v in part[name].items()}
+        for name in result["kernels"]["exact"]
+    ]
+    return "\n\n".join(table(r, "keys") for r in (rows, kernels))
+
+
+KEY_NORM_ROWS = {
+    "off": "off",
+    "max^0.5 (paper)": "at run time, the paper's root (`paper-*`)",
+    "max^1, pairs": "at run time, ours without the center",
+    "max^1, pairs, centred (default)": "at run time, ours (default)",
+    "folded, max K^0.5 / Q^0.5, centred (default)": "folded, ours (default once folded)",
+}
+
+
+def key_norm() -> str:
+    """What each key norm costs with keys at 3 bits. The last column compares the same prompts."""
+    result = load(RESULTS / "key_norm.json")
+    start = min(result["short starts"], key=int)
+    rows = []
+    for name, title in KEY_NORM_ROWS.items():
+        trained, copies = result["as trained"][name]["3"], [copy["3"] for copy in result["outliers"][name]]
+        ratio = statistics.fmean(map(statistics.fmean, copies)) / statistics.fmean(trained[: len(copies[0])])
+        grown = result["short starts"][start][name]["3"]
+        cells = {"as trained": cell(trained), f"norm fixed by the first {start} tokens": cell(grown)}
+        cells["outliers: times as much"] = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+        rows.append({"key norm": title, **cells})
+    return table(rows, "keys")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "decode-attention": decode_attention,
@@ -157,7 +211,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rivals": rivals,
     "errors": errors,
     "gpu": lambda: tables.markdown(RESULTS),
-    "key-norm": lambda: readme_table(load(RESULTS / "key_norm.json")),
+    "key-norm": key_norm,
 }
 
 

@@ -94,9 +94,10 @@ def test_what_failed_or_is_missing_is_rendered_beside_what_was_measured(gpu, tmp
     base = {**case, "way": "base", "us": 60.0, "gb_per_s": 2000.0, "share_of_ceiling": 0.55, "speedup": 2.5}
     base |= {"best_bf16": "cudnn stacked", "error": 1e-3, "budget": 2e-3}
     tables = {
-        "machine": [{"gpu": "H100", "torch": "2.11"}],
+        "gpu": [{"gpu": "H100"}],
         "ceiling": [{"way": "r", "gb_per_s": 3000.0}],
-        "tests": [{"wrong": ["tests/test_gpu.py::one FAILED"], "counts": {"failed": 1, "passed": 12}}],
+        "tests": [{"wrong": ["tests/test_gpu.py::one FAILED"], "counts": {"failed": 1, "passed": 12},
+                   "files": ["test_gpu.py"], "status": "out of time"}],
         "attention": [base, {**base, "way": "cudnn stacked", "us": 150.0}, {**case, "context": 8, "skipped": "late"},
                       {**case, "way": "int8", "error": 0.5, "budget": 2e-3}],
         "failed": [{**case, "way": "cudnn stacked", "reason": "no such backend"},
@@ -105,14 +106,14 @@ def test_what_failed_or_is_missing_is_rendered_beside_what_was_measured(gpu, tmp
     }  # fmt: skip
     units = [{"section": "attention", "part": "mha", "status": "out of time"}]
     units += [{"section": "append", "part": "", "status": "failed"}]
-    record = {"dry": False, "source": {"commit": "abc", "digest": "d"}, "units": units, "tables": tables}
+    record = {"dry": False, "machine": {"commit": "abc"}, "units": units, "tables": tables}
     (tmp_path / "gpu-forged.json").write_text(json.dumps(record))
     shown = gpu("tables").markdown(tmp_path)
     for text in (
         "H100", "commit abc", "3000 GB/s", "1 failed, 12 passed", "WRONG test tests/test_gpu.py::one FAILED",
-        "append  broke",
+        "append  broke", "test_gpu.py (out of time)",
         "int8 at 32/8/128/1/131072: error 5.0e-01", "small at 32/8/128/1/131072: CUDA error", "mha (out of time)",
-        "static 8b (does not fit)", "32/8/128/1/8 (late)", "60.0 (2.50x; 2000; 55%)", "150.0 (cudnn stacked)", "0 of 1",
+        "static 8b (does not fit)", "32/8/128/1/8 (late)", "60.0 (2.50x; 2000; 55%)", "150.0 (cudnn stacked)",
     ):  # fmt: skip
         assert text in shown, text
     assert len(gpu("tables").wrong(record)) == 4 and "no such backend" not in shown and "Whole models" not in shown

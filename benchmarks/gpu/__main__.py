@@ -21,9 +21,10 @@ sys.path.append(str(ROOT))
 
 import torch  # noqa: E402 the path comes first
 import typer  # noqa: E402
+from record import machine  # noqa: E402
 
 from gpu import tables  # noqa: E402
-from gpu.section import Section, source  # noqa: E402
+from gpu.section import Section  # noqa: E402
 
 PLAN = (
     ("machine", "", 30),
@@ -65,7 +66,8 @@ def main(
         )
     if dry:
         print("No GPU is used: a dry run on tiny shapes, whose numbers mean nothing.", flush=True)
-    record: dict[str, Any] = {"schema": 2, "dry": dry, "source": source(commit), "units": []}
+    record: dict[str, Any] = {"dry": dry, "machine": machine(), "units": []}
+    record["machine"] |= {"commit": commit} if commit else {}
     path = _result_path(out, dry, only)
     with tempfile.TemporaryDirectory(prefix="gpu-") as scratch:
         rows, environment = Path(scratch) / "rows", _environment(Path(scratch), dry)

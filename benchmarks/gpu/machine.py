@@ -1,4 +1,4 @@
-"""Which machine, which software, and the ceiling: how fast this GPU's memory can be read when it does nothing else."""
+"""Which GPU, and the ceiling: how fast this GPU's memory can be read when it does nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import triton.language as tl
 
 from gpu.section import Section
 from gpu.timing import interleaved
-from innerq_compile.cli import environment
 
 SMI_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
 READERS = ((1024, 4, 8), (2048, 4, 16), (4096, 8, 4), (4096, 8, 8), (8192, 8, 4))
@@ -35,14 +34,14 @@ def read_kernel(x_ptr, out_ptr, count, steps, BLOCK: tl.constexpr):
 
 
 def run(section: Section) -> None:
-    """One row ``machine``; rows ``ceiling``: every way to read 1 GiB, and a copy (bytes read plus bytes written)."""
-    found = {**environment(), "gpu": "CPU", **_smi()}
+    """One row ``gpu``; rows ``ceiling``: every way to read 1 GiB, and a copy (bytes read plus bytes written)."""
+    found = {"gpu": "CPU", **_smi()}
     if not section.dry:
         properties = torch.cuda.get_device_properties(0)
         found |= {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}",
                   "multiprocessors": properties.multi_processor_count, "memory_bytes": properties.total_memory,
                   "cuda": torch.version.cuda or torch.version.hip}  # fmt: skip
-    section.emit("machine", **found)
+    section.emit("gpu", **found)
     size = 2**16 if section.dry else 2**30
     buffer = torch.randint(-9, 9, (size // 4,), dtype=torch.int32, device=section.device)
     target = torch.empty_like(buffer)

@@ -1,14 +1,11 @@
-"""What a unit gets (device, time left, a place for its rows that survives its own crash), and which source is run."""
+"""What a unit gets: its device, the time left, and a place for its rows that survives its own crash."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import gc
-import hashlib
 import json
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,15 +83,3 @@ class Section:
     def free_bytes(self) -> float:
         """Of the GPU's memory."""
         return float("inf") if self.dry else torch.cuda.mem_get_info()[0]
-
-
-def source(commit: str | None) -> dict[str, str | None]:
-    """Commit, as far as known, and a digest of the files that are run, which needs no git."""
-    if commit is None and shutil.which("git"):
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    total = hashlib.sha256()
-    for path in sorted(p for folder in ("innerq_compile", "passes", "kernels") for p in (ROOT / folder).rglob("*")):
-        if path.suffix in (".py", ".cpp", ".h"):
-            total.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return {"commit": commit, "digest": total.hexdigest()[:16]}

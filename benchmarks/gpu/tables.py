@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-NOT_MEASURED = "Not yet measured on a GPU."
+LATE, NOT_MEASURED = "out of time", "Not yet measured on a GPU."
 PRESETS = ("base", "small", "int4", "int8")
 
 
@@ -26,15 +26,15 @@ def of(record: dict[str, Any]) -> str:
 
 
 def provenance(record: dict[str, Any]) -> str:
-    """Machine, software, source, ceiling."""
-    machine, source = next(iter(_rows(record, "machine")), {}), record["source"]
+    """GPU, software, ceiling."""
+    gpu, machine = next(iter(_rows(record, "gpu")), {}), record["machine"]
     ceilings = [row["gb_per_s"] for row in _rows(record, "ceiling") if row["way"] != "copy"]
     reads = f" A plain read of 1 GiB runs at {max(ceilings):.0f} GB/s." if ceilings else ""
-    versions = ", ".join(f"{name} {machine.get(name)}" for name in ("torch", "triton", "transformers"))
-    return (
-        f"Measured by `make gpu` on {machine.get('gpu', 'an unknown GPU')}, driver {machine.get('driver_version')}, "
-        f"{versions}, commit {source['commit'] or 'unknown'} (source digest {source['digest']}).{reads}"
+    versions = ", ".join(
+        f"{name} {machine.get(name)}" for name in ("torch", "triton", "transformers", "commit", "date")
     )
+    driver = f", driver {gpu['driver_version']}" if "driver_version" in gpu else ""
+    return f"Measured by `make gpu` on {gpu.get('gpu', 'an unknown GPU')}{driver}, {versions}.{reads}"
 
 
 def wrong(record: dict[str, Any]) -> list[str]:
@@ -60,6 +60,7 @@ def checks(record: dict[str, Any]) -> str:
     late = [
         f"{u['section']} {u['part']} ({u['status']})" for u in record["units"] if u["status"] not in ("ok", "failed")
     ]
+    late += [f"{' '.join(row['files'])} ({row['status']})" for row in _rows(record, "tests") if row["status"] == LATE]
     for table in ("attention", "append", "models"):
         late += [f"{table} {_case(row)} ({row['skipped']})" for row in _rows(record, table) if "skipped" in row]
     late += [f"{row.get('way', '')} {_case(row)} (does not fit)" for row in _rows(record, "failed")

@@ -25,15 +25,14 @@ class Timing:
     high: float
     calls: int
 
-    def row(self, size: int, ceiling: Timing | None = None) -> dict[str, Any]:
-        """The timing, the bandwidth of ``size`` bytes in that time, and the time of a plain read of them over it."""
+    def row(self, size: int) -> dict[str, Any]:
+        """The timing, and the bandwidth of ``size`` bytes in that time."""
         found = {
             "us": round(self.us, 3),
             "us_quartiles": [round(self.low, 3), round(self.high, 3)],
             "calls": self.calls,
         }
-        found |= {"bytes": size, "gb_per_s": round(size / self.us / 1e3, 1)} if size else {}
-        return found | ({"share_of_ceiling": round(ceiling.us / self.us, 4)} if ceiling else {})
+        return found | {"bytes": size, "gb_per_s": round(size / self.us / 1e3, 1)}
 
 
 def interleaved(section: Section, calls: dict[str, Call]) -> dict[str, Timing]:

@@ -29,9 +29,8 @@ COLUMNS = ("registers", "spills", "shared bytes", "integer", "float", "conversio
 def measure(item: Specialisation, target: GPUTarget) -> dict[str, Any]:
     """Registers, spills, shared bytes; on NVIDIA, lane operations per 1000 codes; on Hopper, the share they allow."""
     compiled = compile_for(item, target)
-    numbers: dict[str, Any] = {
-        "registers": compiled.registers, "spills": compiled.spills, "shared bytes": compiled.shared_bytes,
-    }  # fmt: skip
+    numbers: dict[str, Any] = {"registers": compiled.registers, "spills": compiled.spills}
+    numbers["shared bytes"] = compiled.shared_bytes
     if compiled.program is not None:
         numbers["instructions"] = sum(each.base != "NOP" for each in compiled.program.instructions)
         if item.codes:
