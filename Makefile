@@ -64,8 +64,9 @@ rivals: ## measure decode attention against other libraries, which it installs (
 	$(RIVALS_VENV)/bin/python benchmarks/bench_decode_attention.py --rivals torch transformers openvino llama.cpp $(ARGS)
 
 # A GPU machine often brings a torch of its own for its GPU: where PYTHON has one, nothing is installed.
-gpu: ## check and measure everything on a GPU, in less than nine minutes (ARGS="--minutes 25": every whole model; without one: a dry run)
-	@if $(PYTHON) -c 'import sys, torch, transformers; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+# ARGS="--minutes 25" measures every whole model, ARGS="attention append" these two sections alone.
+gpu: ## check and measure everything on a GPU, in less than nine minutes (without one: a dry run)
+	@if $(PYTHON) -c 'import sys, tabulate, torch, transformers, typer; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
 	then $(PYTHON) benchmarks/gpu $(ARGS); \
 	else $(MAKE) --no-print-directory venv && $(BIN)/python benchmarks/gpu $(ARGS); fi
 

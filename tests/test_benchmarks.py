@@ -1,10 +1,12 @@
 """The benchmarks run, and what stands in the README comes out of their result files."""
 
+import contextlib
 import importlib
 import json
 import re
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -136,6 +138,33 @@ def test_a_unit_that_crashes_or_hangs_costs_only_itself(gpu, tmp_path, monkeypat
 
 def test_all_units_together_take_less_than_nine_minutes(gpu):
     assert sum(seconds for _, _, seconds in gpu("__main__").PLAN) < 9 * 60 - 10
+
+
+def test_on_a_gpu_contenders_take_turns_as_graphs_that_do_bench_times(gpu, tmp_path, monkeypatch):
+    """With stand-ins for CUDA; one contender cannot be run, and the others are timed all the same."""
+    testing = pytest.importorskip("triton.testing")
+    turns, captured = [], []
+    streams = dict.fromkeys(("Stream", "current_stream"), lambda: unittest.mock.Mock())
+    quiet = dict.fromkeys(("synchronize", "empty_cache"), lambda: None)
+    for name, stand_in in (streams | quiet | {"CUDAGraph": unittest.mock.Mock}).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext(captured.append(graph.replay)))
+
+    def do_bench(call, *, warmup, rep, return_mode):
+        turns.append(captured.index(call))
+        return [1.0, 3.0, 2.0]
+
+    monkeypatch.setattr(testing, "do_bench", do_bench)
+    section = gpu("section").Section("", tmp_path / "rows", float("inf"), dry=False)
+    calls = {"a": unittest.mock.Mock(), "broken": unittest.mock.Mock(side_effect=ValueError("no")), "b": lambda: None}
+    timings = gpu("timing").interleaved(section, calls)
+    assert turns == [0, 1] * gpu("timing").ROUNDS and calls["a"].call_count == 3 + 1
+    assert timings.keys() == {"a", "b"} and timings["a"].us == 2000.0
+    assert gpu("__main__")._read(tmp_path / "rows") == {"failed": [{"way": "broken", "reason": "ValueError: no"}]}
+    calls["broken"].side_effect = RuntimeError("an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal"):
+        gpu("timing").interleaved(section, calls)
 
 
 def test_attention_that_is_a_hundredth_off_is_over_its_budget(gpu):

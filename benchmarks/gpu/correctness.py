@@ -24,7 +24,9 @@ def run(section: Section) -> None:
     names = ["test_gpu.py", "test_triton_tiles.py"] if section.dry else section.part.split()
     command = [sys.executable, "-P", "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "--no-header"]
     command += [f"tests/{name}" for name in names]
-    command += ["-n", "8"] if importlib.util.find_spec("xdist") and not section.dry else []
+    command += (
+        ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") and not section.dry else []
+    )
     path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     status: int | str
