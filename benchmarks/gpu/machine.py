@@ -38,9 +38,9 @@ def run(section: Section) -> None:
     found = {"gpu": "CPU", **_smi()}
     if not section.dry:
         properties = torch.cuda.get_device_properties(0)
-        found |= {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}",
-                  "multiprocessors": properties.multi_processor_count, "memory_bytes": properties.total_memory,
-                  "cuda": torch.version.cuda or torch.version.hip}  # fmt: skip
+        found |= {"gpu": properties.name, "multiprocessors": properties.multi_processor_count}
+        found |= {"memory_bytes": properties.total_memory, "cuda": torch.version.cuda or torch.version.hip}
+        found |= {"capability": f"{properties.major}.{properties.minor}"}
     section.emit("gpu", **found)
     size = 2**16 if section.dry else 2**30
     buffer = torch.randint(-9, 9, (size // 4,), dtype=torch.int32, device=section.device)

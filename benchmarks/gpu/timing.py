@@ -21,17 +21,12 @@ class Timing:
     """Median and quartiles of all calls of all rounds, in microseconds."""
 
     us: float
-    low: float
-    high: float
+    quartiles: tuple[float, float]
     calls: int
 
     def row(self, size: int) -> dict[str, Any]:
         """The timing, and the bandwidth of ``size`` bytes in that time."""
-        found = {
-            "us": round(self.us, 3),
-            "us_quartiles": [round(self.low, 3), round(self.high, 3)],
-            "calls": self.calls,
-        }
+        found = {"us": round(self.us, 3), "us_quartiles": [round(x, 3) for x in self.quartiles], "calls": self.calls}
         return found | {"bytes": size, "gb_per_s": round(size / self.us / 1e3, 1)}
 
 
@@ -76,7 +71,7 @@ def milliseconds(call: Call, dry: bool) -> list[float]:
 
 def _timing(values: list[float]) -> Timing:
     low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
-    return Timing(median, low, high, len(values))
+    return Timing(median, (low, high), len(values))
 
 
 @dataclasses.dataclass(frozen=True)
