@@ -64,10 +64,11 @@ rivals: ## measure decode attention against other libraries, which it installs (
 	$(RIVALS_VENV)/bin/python benchmarks/bench_decode_attention.py --rivals torch transformers openvino llama.cpp $(ARGS)
 
 # A GPU machine often brings a torch of its own for its GPU: where PYTHON has one, nothing is installed.
+# ARGS="--minutes 25" measures every whole model, ARGS="attention append" these two sections alone.
 gpu: ## check and measure everything on a GPU, in less than nine minutes (without one: a dry run)
-	@if $(PYTHON) -c 'import sys, torch, transformers; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
-	then $(PYTHON) benchmarks/gpu_suite $(ARGS); \
-	else $(MAKE) --no-print-directory venv && $(BIN)/python benchmarks/gpu_suite $(ARGS); fi
+	@if $(PYTHON) -c 'import sys, tabulate, torch, transformers, typer; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+	then $(PYTHON) benchmarks/gpu $(ARGS); \
+	else $(MAKE) --no-print-directory venv && $(BIN)/python benchmarks/gpu $(ARGS); fi
 
 tables: $(STAMP) ## write the measured tables and the plot into the READMEs from benchmarks/results
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt matplotlib
@@ -76,7 +77,7 @@ tables: $(STAMP) ## write the measured tables and the plot into the READMEs from
 matrix: $(STAMP) ## run a tiny model of every family, compiled and not, and renew the README's table
 	$(BIN)/python -P benchmarks/support_matrix.py --write
 
-sass: $(STAMP) ## compile the Triton kernels for four GPUs, without one, count their instructions and model their speed
+sass: $(STAMP) ## compile the Triton kernels for four GPUs, without one, count their instructions and what these allow
 	$(BIN)/python -P benchmarks/sass $(ARGS)
 
 # Slow: every launch of these tests is compiled for the GPU and emulated, instruction by instruction.
@@ -85,7 +86,7 @@ emulate: $(STAMP) ## run the Triton kernels' tests as code compiled for an H100,
 	-n $(TEST_PROCESSES) tests/test_triton_kernels.py tests/test_triton_attention.py tests/test_ptx_kernels.py $(ARGS)
 
 soak: $(STAMP) ## generate 20,000 tokens: constant memory, no recompile, the cache equal to the reference
-	$(BIN)/python -P benchmarks/soak.py $(ARGS)
+	$(BIN)/python -P tests/soak.py $(ARGS)
 
 # Both lie in a folder of their own, in front of the environment's.
 oldest: $(STAMP) ## run the tests that touch transformers or Triton with the oldest supported versions of them

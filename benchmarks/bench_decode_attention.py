@@ -201,11 +201,8 @@ def bench_case(shape: str, context: int, args: argparse.Namespace, read: Read) -
     for name, seconds in medians.items():
         row: dict[str, object] = {**case, "contender": name, "ms": seconds * 1e3}
         if name in sizes:
-            row |= {
-                "mib": sizes[name] / 2**20,
-                "gb_per_s": sizes[name] / seconds / 1e9,
-                "share_of_read": medians[f"read {name}"] / seconds,
-            }
+            row |= {"mib": sizes[name] / 2**20, "gb_per_s": sizes[name] / seconds / 1e9}
+            row |= {"share_of_read": medians[f"read {name}"] / seconds}
         if name in errors:
             row["error"] = errors[name]
         rows.append(row)
@@ -232,15 +229,9 @@ def bench_append(shape: str, context: int, rounds: int) -> list[dict[str, object
                 ops.append_kv(one, one, *state, context + 64, config.spec)
             steps.append((time.perf_counter() - begin) / config.flush_tokens)
             state.counts.copy_(counts)
-        rows.append(
-            {
-                "shape": shape,
-                "context": context,
-                "preset": preset,
-                "append_us": statistics.median(steps) * 1e6,
-                "prefill_gb_per_s_per_core": 2 * key.numel() * 2 / min(prefills) / 1e9 / torch.get_num_threads(),
-            }
-        )
+        row = {"shape": shape, "context": context, "preset": preset, "append_us": statistics.median(steps) * 1e6}
+        speed = 2 * key.numel() * 2 / min(prefills) / 1e9 / torch.get_num_threads()
+        rows.append(row | {"prefill_gb_per_s_per_core": speed})
     return rows
 
 

@@ -110,13 +110,9 @@ def main() -> None:
     models = {"undamaged": model, **{f"outliers {seed}": with_outliers(model, seed) for seed in range(args.seeds)}}
     scores = {name: quality(m, text, full, args) for name, m in tqdm(models.items(), desc="models", leave=False)}
     seconds = step_seconds(model, text, args)
-    result = {
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "torch": torch.__version__,
-        "positions": args.prompts * args.chunk,
-        "kl": scores,
-        "seconds_per_step": seconds,
-    }
+    result = {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}
+    result |= {"torch": torch.__version__, "positions": args.prompts * args.chunk}
+    result |= {"kl": scores, "seconds_per_step": seconds}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     rows = [(norm, *(f"{s[norm]:.5f}" for s in scores.values())) for norm in scores["undamaged"]]

@@ -20,7 +20,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,42 +35,20 @@ from transformers.cache_utils import Cache
 from innerq_compile import InnerQCache
 
 LLAMA_1B = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "max_position_embeddings": 131072,
     "tie_word_embeddings": True,
-}
+}  # fmt: skip
+CONTEXTS, PRESETS = [4096, 16384, 32768], ["int4", "base", "small"]
 SHORT = 128
 """Tokens of the shortest context: its step is all weights and no attention to speak of, and nothing is quantized."""
 
 Step = Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class Result:
-    """Median seconds of a decode step of one contender at one context length, and what Amdahl's law expected."""
-
-    contender: str
-    context: int
-    step_seconds: float
-    attention_share: float
-    speedup: float
-    expected_seconds: float | None
-    expected_speedup: float | None
-
-
 def main(
-    contexts: Annotated[list[int], typer.Option("--context", help="Tokens in the cache; may be repeated.")] = [  # noqa: B006 typer reads it once
-        4096,
-        16384,
-        32768,
-    ],
-    presets: Annotated[list[str], typer.Option("--preset")] = ["int4", "base", "small"],  # noqa: B006
+    contexts: Annotated[list[int], typer.Option("--context", help="Tokens in the cache; may be repeated.")] = CONTEXTS,
+    presets: Annotated[list[str], typer.Option("--preset")] = PRESETS,
     model_dir: Annotated[str | None, typer.Option("--model", help="A model to use instead of random weights.")] = None,
     layers: Annotated[int, typer.Option(help="Layers of the random model.")] = 16,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
@@ -84,7 +61,7 @@ def main(
         gguf = _write_gguf(model, Path(folder))
         _check_tokens(model, presets, gguf)
         baseline = _time_steps(model, SHORT, presets, steps, gguf)
-        results: list[Result] = []
+        results: list[dict[str, Any]] = []
         for context in tqdm(contexts, desc="contexts"):
             expected = _expected(model, baseline, context)
             print(f"{context} tokens, expected ms:", {name: round(1e3 * s, 1) for name, s in expected.items()})
@@ -93,8 +70,10 @@ def main(
                 guess, static = expected.get(name), expected.get(STATIC)
                 ratio = static / guess if guess and static else None
                 share = max(0.0, 1 - baseline[name] / taken)
-                results.append(Result(name, context, taken, share, seconds[STATIC] / taken, guess, ratio))
-    record = {"machine": machine(), "dtype": dtype, "steps": steps, "results": [asdict(r) for r in results]}
+                row = {"contender": name, "context": context, "step_seconds": taken, "attention_share": share}
+                row |= {"speedup": seconds[STATIC] / taken, "expected_seconds": guess, "expected_speedup": ratio}
+                results.append(row)
+    record = {"machine": machine(), "dtype": dtype, "steps": steps, "results": results}
     print(render.generate_table(record))
     if out:
         out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -125,11 +104,8 @@ def _expected(model: PreTrainedModel, baseline: dict[str, float], context: int) 
     shape = f"{config.num_attention_heads}/{config.num_key_value_heads}/{config.head_dim}"
     alone = render.times(render.load(render.DECODE)).get((shape, context), {})
     alone = {**alone, **({STATIC: alone[render.AS_CALLED]} if render.AS_CALLED in alone else {})}
-    return {
-        name: seconds + config.num_hidden_layers * alone[name] / 1e3
-        for name, seconds in baseline.items()
-        if name in alone
-    }
+    layers = config.num_hidden_layers
+    return {name: seconds + layers * alone[name] / 1e3 for name, seconds in baseline.items() if name in alone}
 
 
 def _load(model_dir: str | None, layers: int, dtype: torch.dtype) -> PreTrainedModel:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from key_norm_tables import tables  # benchmarks are run as files, so their folder is on the path
+from render import key_norm_tables  # benchmarks are run as files, so their folder is on the path
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -231,14 +231,9 @@ class Study:
         return max(float((own - full).abs().max() / full.abs().max()) for own, full in pairs)
 
     def kl(
-        self,
-        variant: Variant,
-        all_bits: Sequence[int],
-        *,
-        prompts: int | None = None,
-        start: int = 0,
+        self, variant: Variant, all_bits: Sequence[int], *, prompts: int | None = None, start: int = 0,
         exact: bool | None = None,
-    ) -> dict[str, list[float]]:
+    ) -> dict[str, list[float]]:  # fmt: skip
         """Nats of the first ``prompts`` prompts, by key bits.
 
         Args:
@@ -253,16 +248,9 @@ class Study:
             }
 
     def _kl(
-        self,
-        variant: Variant,
-        bits: int,
-        prompt: Prefill,
-        chunk: torch.Tensor,
-        full: torch.Tensor,
-        *,
-        start: int,
+        self, variant: Variant, bits: int, prompt: Prefill, chunk: torch.Tensor, full: torch.Tensor, *, start: int,
         exact: bool | None,
-    ) -> float:
+    ) -> float:  # fmt: skip
         settings = {**variant.settings, "key_bits": bits}
         cache = InnerQCache(self.model.config, "int8", prompt.num_tokens + chunk.shape[1], **settings)
         for part in split(prompt, start) if start else [prompt]:
@@ -365,7 +353,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
     if set(PARTS) <= set(result):
-        print(tables(result))
+        print(key_norm_tables(result))
 
 
 if __name__ == "__main__":

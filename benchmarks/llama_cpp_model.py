@@ -30,19 +30,16 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
     if config.model_type != "llama" or config.attention_bias or config.rope_parameters["rope_type"] != "default":
         raise ValueError("only a Llama without biases and with plain RoPE is written")
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    facts = {
+        "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads,
+        "key_length": config.head_dim, "value_length": config.head_dim, "rope_dimension_count": config.head_dim,
+        "rope_freq_base": config.rope_parameters["rope_theta"], "layer_norm_rms_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size, "tokenizer_model": "no_vocab",
+    }  # fmt: skip
+    for name, fact in facts.items():
+        getattr(writer, f"add_{name}")(fact)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -103,12 +100,8 @@ class LlamaCpp:
         keys = struct.pack("<iQ", type_number, per_token) + data
         values = keys if self.flash else struct.pack("<iII", type_number, block_bytes, width) + data
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
-        head = (
-            self._state()[:8]
-            + struct.pack("<II", 1, tokens)
-            + cells.tobytes()
-            + struct.pack("<II", not self.flash, layers)
-        )
+        head = self._state()[:8] + struct.pack("<II", 1, tokens) + cells.tobytes()
+        head += struct.pack("<II", not self.flash, layers)
         state = head + keys * layers + values * layers
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if self.api.llama_state_seq_set_data(self.context, buffer, len(state), 0) != len(state):

@@ -8,12 +8,14 @@ result file.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from gpu import tables  # benchmarks are run as files, so their folder is on the path
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,8 +35,8 @@ def load(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def table(rows: list[list[str]], headers: list[str]) -> str:
-    """A Markdown table of texts."""
+def table(rows: Sequence[Any], headers: str | Sequence[str]) -> str:
+    """A Markdown table of texts; of mappings, ``headers="keys"``."""
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
@@ -129,16 +131,8 @@ def errors() -> str:
         ms = times(result).get((row[0], cost["context"]), {}).get(row[1])
         share = f"{cost['append_us'] / ms / 10:.1f} %" if ms else ""
         row += [f"{cost['append_us']:.0f}", share, f"{cost['prefill_gb_per_s_per_core']:.1f}"]
-    headers = [
-        "shape",
-        "preset",
-        "error, integer",
-        "error, exact=True",
-        "append, us",
-        "of the attention",
-        "prefill, GB/s",
-    ]
-    return table(rows, headers)
+    names = ["append, us", "of the attention", "prefill, GB/s"]
+    return table(rows, ["shape", "preset", "error, integer", "error, exact=True", *names])
 
 
 def generate_table(result: dict) -> str:
@@ -157,18 +151,57 @@ def generate() -> str:
     return f"{generate_table(result)}\n\n{conditions(result)}"
 
 
-def gpu() -> str:
-    """Everything that make gpu measured, or the sentence that nothing was."""
-    from gpu_suite import render as gpu_suite
+def cell(values: Sequence[float]) -> str:
+    """``mean ± standard error`` in thousandths of a nat."""
+    mean = 1e3 * statistics.fmean(values)
+    error = 1e3 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return f"{mean:.2f} ± {error:.2f}" if mean < 100 else f"{mean:.0f}"
 
-    return gpu_suite.markdown(RESULTS)
+
+def of_copies(copies: Sequence[dict[str, list[float]]], bits: str) -> list[float]:
+    """The mean KL of each copy."""
+    return [statistics.fmean(copy[bits]) for copy in copies]
+
+
+def key_norm_tables(result: dict[str, Any]) -> str:
+    """Everything, in thousandths of a nat."""
+    rows = []
+    for name, row in result["as trained"].items():
+        copies = result["outliers"][name]
+        cells = {f"K {b} bits": cell(values) for b, values in row.items()}
+        cells |= {f"outliers, K {b}": cell(of_copies(copies, b)) for b in copies[0]}
+        cells |= {f"start {s}, K 3": cell(part[name]["3"]) for s, part in result["short starts"].items()}
+        rows.append({"key norm": name, **cells})
+    kernels = [
+        {"through the kernels": name}
+        | {f"K {b}, {how}": cell(v) for how, part in result["kernels"].items() for b, v in part[name].items()}
+        for name in result["kernels"]["exact"]
+    ]
+    return "\n\n".join(table(r, "keys") for r in (rows, kernels))
+
+
+KEY_NORM_ROWS = {
+    "off": "off",
+    "max^0.5 (paper)": "at run time, the paper's root (`paper-*`)",
+    "max^1, pairs": "at run time, ours without the center",
+    "max^1, pairs, centred (default)": "at run time, ours (default)",
+    "folded, max K^0.5 / Q^0.5, centred (default)": "folded, ours (default once folded)",
+}
 
 
 def key_norm() -> str:
-    """What each key norm costs at 3 bits."""
-    from key_norm_tables import readme_table
-
-    return readme_table(load(RESULTS / "key_norm.json"))
+    """What each key norm costs with keys at 3 bits. The last column compares the same prompts."""
+    result = load(RESULTS / "key_norm.json")
+    start = min(result["short starts"], key=int)
+    rows = []
+    for name, title in KEY_NORM_ROWS.items():
+        trained, copies = result["as trained"][name]["3"], [copy["3"] for copy in result["outliers"][name]]
+        ratio = statistics.fmean(map(statistics.fmean, copies)) / statistics.fmean(trained[: len(copies[0])])
+        grown = result["short starts"][start][name]["3"]
+        cells = {"as trained": cell(trained), f"norm fixed by the first {start} tokens": cell(grown)}
+        cells["outliers: times as much"] = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+        rows.append({"key norm": title, **cells})
+    return table(rows, "keys")
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -177,7 +210,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generate": generate,
     "rivals": rivals,
     "errors": errors,
-    "gpu": gpu,
+    "gpu": lambda: tables.markdown(RESULTS),
     "key-norm": key_norm,
 }
 
@@ -232,8 +265,6 @@ def plot(path: Path) -> None:
 
 def main() -> None:
     """Writes the pages and the plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
     for page in PAGES:
         page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
     plot(PLOT)

@@ -1,7 +1,11 @@
-"""What only a GPU can show: the ops on the device, CUDA graphs over a growing cache, whole models, an AOT package.
+"""What only a GPU can show: the ops on the device, CUDA graphs over a growing cache, whole models, huge buffers.
 
 ``make gpu`` runs this file; it skips itself where there is no GPU. tests/test_triton_*.py run there too, on the device.
 """
+
+import itertools
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,11 @@ from transformers import DynamicCache
 from innerq_compile import InnerQCache, disable, enable, ops, reference
 from innerq_compile.backend import register_kernels
 from innerq_compile.config import InnerQConfig
-from innerq_compile.layout import QUANTIZED, SLOTS, LayerState, allocate_state
+from innerq_compile.layout import PADS, QUANTIZED, SLOTS, LayerState, allocate_state
+
+pytest.importorskip("triton")
+sys.path.append(str(Path(__file__).resolve().parent))
+from test_triton_attention import error_budget  # noqa: E402 the path comes first
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -67,6 +75,83 @@ def test_eager_ops_follow_the_reference_without_a_host_sync(settings):
     check_same(expected, got)
     for x, y in zip(reference.dequantize_kv(expected, config, CAPACITY), dequantized, strict=True):
         assert torch.equal(x, y.cpu())
+
+
+GQA, MHA, D64 = (32, 8, 128), (32, 32, 128), (32, 8, 64)  # query heads, key-value heads, head_dim
+LONG = (2900, 1, 33, 1)
+FEW = ((1, "none", False), (5, "bool", True))
+ALL = tuple(itertools.product((1, 5), ("none", "bool", "additive"), (False, True)))
+"""(query tokens, mask, exact) of the attention: each is a kernel to compile."""
+
+SETUPS = [
+    *((preset, {}, shape, {}) for preset in ("base", "small", "hybrid", "int4", "int8") for shape in (GQA, MHA, D64)),
+    *((preset, {}, GQA, {"chunks": LONG, "capacity": 3072}) for preset in ("base", "hybrid")),
+    *((preset, {}, (8, 2, 128), {"dtype": torch.float16, "pads": 0, "calls": ALL}) for preset in ("base", "hybrid")),
+    *(
+        ("base", {"key_bits": bits, "value_bits": bits, "key_mode": mode, "value_mode": mode}, GQA, {})
+        for mode in ("asymmetric", "hybrid")
+        for bits in (2, 3, 4, 8)
+    ),
+    *((preset, {}, GQA, {}) for preset in ("paper-base", "paper-small", "paper-hybrid")),
+    *(
+        ("base", settings, shape, {"dtype": torch.float32})
+        for settings, shape in (
+            ({}, (3, 1, 96)),
+            ({"key_norm": "off"}, (4, 4, 32)),
+            ({"key_center": "runtime"}, (4, 2, 32)),
+            ({"group_size": 16}, (8, 8, 64)),
+            ({"group_size": 64}, (8, 1, 64)),
+            ({"sink": 0, "recent": 1}, (6, 2, 128)),
+            ({"sink": 5, "recent": 40, "flush": 64}, (16, 2, 256)),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings", "shape", "more"),
+    SETUPS,
+    ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else None,
+)
+def test_caches_of_real_size_follow_the_reference_on_the_cpu(preset, settings, shape, more):
+    """Two rows, one of them padded, chunk by chunk; then the whole cache as a model sees it, then attention.
+
+    The reference runs on the CPU on copies of the same tokens, so nothing of the device's own arithmetic is trusted.
+    """
+    check_real_size(InnerQConfig.from_preset(preset, **settings), *shape, "cuda", **more)
+
+
+def check_real_size(
+    config, q_heads, heads, head_dim, device, dtype=torch.bfloat16, pads=3, chunks=(300, 1, 1, 31, 64, 1), capacity=512,
+    calls=FEW,
+):  # fmt: skip
+    sizes = {"batch_size": 2, "num_kv_heads": heads, "head_dim": head_dim, "capacity": capacity, "dtype": dtype}
+    expected, got = (allocate_state(config, **sizes, device=where) for where in ("cpu", device))
+    expected.counts[0, PADS] = got.counts[0, PADS] = pads
+    generator = torch.Generator().manual_seed(0)
+    for count in chunks:
+        key, value = (torch.randn(2, heads, count, head_dim, generator=generator) for _ in range(2))
+        key, value = (2 * key).to(dtype), (value + 0.3).to(dtype)
+        reference.append_kv(key, value, expected, config)
+        ops.append_kv(key.to(device), value.to(device), *got, capacity, config.spec)
+        check_same(expected, got)
+    for x, y in zip(
+        reference.dequantize_kv(expected, config, capacity), ops.dequantize_kv(*got, capacity, config.spec), strict=True
+    ):
+        assert torch.equal(x, y.cpu())
+    for q_len, kind, exact in calls:
+        query = torch.randn(2, q_heads, q_len, head_dim, generator=generator).to(dtype)
+        allowed = torch.rand(2, 1, q_len, capacity, generator=generator) < 0.8
+        additive = torch.randn(1, q_heads, q_len, capacity, generator=generator).to(dtype)
+        mask = {"none": None, "bool": allowed, "additive": additive}[kind]
+        arguments = (head_dim**-0.5, config, capacity)
+        wanted = reference.decode_attention(query, expected, mask, *arguments, torch.float64)
+        mask = mask if mask is None else mask.to(device)
+        query = query.to(device)
+        out = ops.decode_attention(query, *got, mask, arguments[0], capacity, config.spec, exact)
+        budget = error_budget(query, got, mask, *arguments, exact=exact)
+        excess = (out.double() - wanted.to(device).double()).abs() - budget
+        assert excess.max() <= 0, f"{q_len} {kind} exact={exact}: over the budget by {excess.max():.2e}"
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

@@ -8,7 +8,7 @@ import pytest
 
 from innerq_compile import backend
 
-PROGRAM = Path(__file__).resolve().parent.parent / "benchmarks" / "soak.py"
+PROGRAM = Path(__file__).with_name("soak.py")
 
 
 @pytest.mark.slow

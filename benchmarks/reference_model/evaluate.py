@@ -61,12 +61,9 @@ def answers(model: PreTrainedModel, tokenizer: Any, prompt: tasks.Prompt) -> boo
 
 
 def accuracy(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    make: Callable[[Random, int], tasks.Prompt],
-    distances: tuple[int, ...],
+    model: PreTrainedModel, tokenizer: Any, make: Callable[[Random, int], tasks.Prompt], distances: tuple[int, ...],
     samples: int,
-) -> dict[int, float]:
+) -> dict[int, float]:  # fmt: skip
     """Share of right answers at each distance, every distance with its own seed."""
     scores = {}
     for distance in distances:

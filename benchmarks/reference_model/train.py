@@ -75,17 +75,12 @@ def build_tokenizer(texts: list[str]) -> Tokenizer:
     """Byte-level BPE; digits stay single tokens, so a value is as long as it looks."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\d"), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
+        [pre_tokenizers.Split(Regex(r"\d"), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
     # Every key of the recall task becomes one token: the task is to find it, not to spell it.
     rng = Random(0)
@@ -106,24 +101,12 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """An unmodified `transformers` Llama with grouped-query attention."""
     end = tokenizer.eos_token_id
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            max_position_embeddings=CONTEXT,
-            # Slow rotations keep a match between equal keys alive across the whole context.
-            rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-            tie_word_embeddings=True,
-            bos_token_id=end,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
-    )
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "head_dim": 64, "vocab_size": VOCAB}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
+    # Slow rotations keep a match between equal keys alive across the whole context.
+    rope = {"rope_type": "default", "rope_theta": 500_000.0}
+    special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **special, rope_parameters=rope, tie_word_embeddings=True))
 
 
 class Batches:

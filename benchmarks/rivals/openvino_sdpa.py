@@ -53,11 +53,7 @@ def prepare(precision: str, case: Case) -> Step:
 
     query, key, value = case.data()
     core = openvino.Core()
-    settings = {
-        "KV_CACHE_PRECISION": precision,
-        "INFERENCE_NUM_THREADS": case.threads,
-        "PERFORMANCE_HINT": "LATENCY",
-    }
+    settings = {"KV_CACHE_PRECISION": precision, "INFERENCE_NUM_THREADS": case.threads, "PERFORMANCE_HINT": "LATENCY"}
     if "FP16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         settings["INFERENCE_PRECISION_HINT"] = "f16"
     compiled = core.compile_model(build_model(case), "CPU", settings)

@@ -21,13 +21,9 @@ def started(groups: list[str], case: Case) -> Iterator[tuple[dict[str, Callable[
     try:
         for group in groups:
             command = [sys.executable, "-m", "rivals.worker", group, json.dumps(dataclasses.asdict(case))]
-            worker = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "PYTHONPATH": _search_path(), "OMP_NUM_THREADS": str(case.threads)},
-            )
+            environment = {**os.environ, "PYTHONPATH": _search_path(), "OMP_NUM_THREADS": str(case.threads)}
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            worker = subprocess.Popen(command, env=environment, **pipes)
             workers.append(worker)
             for number, rival in enumerate(GROUPS[group]):
                 facts = json.loads(worker.stdout.readline() or '{"missing": "failed: its process ended"}')

@@ -49,7 +49,7 @@ def compile_for(item: Specialisation, target: GPUTarget) -> Compiled:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _run("cuobjdump", "--dump-resource-usage", str(cubin))
-        listing = _run("nvdisasm", "-c", "-hex", str(cubin))
+        listing = _run("nvdisasm", "-c", str(cubin))
     stack, registers = re.search(r"STACK:(\d+)", usage), re.search(r"REG:(\d+)", usage)
     assert stack and registers, usage
     return Compiled(int(registers[1]), int(stack[1]), compiled.metadata.shared, parse(listing))

@@ -48,12 +48,9 @@ def shuffle(machine: Machine, instruction: Instruction) -> Step:
 
     def origins() -> np.ndarray:
         moved = machine.value(by, "u32").astype(np.int64) & 31 if dynamic else offset
-        other = {
-            "bfly": lane ^ moved,
-            "idx": first | (moved & ~segment),
-            "up": lane - moved,
-            "down": lane + moved,
-        }[mode]
+        other = {"bfly": lane ^ moved, "idx": first | (moved & ~segment), "up": lane - moved, "down": lane + moved}[
+            mode
+        ]
         inside = other >= last if mode == "up" else other <= last
         return machine.lanes - lane + np.where(inside, other, lane)
 

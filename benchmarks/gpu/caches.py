@@ -18,15 +18,19 @@ ASYMMETRIC_SHARE = 0.01
 """Groups of a hybrid tensor that say they are asymmetric; the paper's timing assumes 1 %."""
 
 
+def empty_state(
+    config: InnerQConfig, batch: int, heads: int, head_dim: int, capacity: int, device: torch.device, dtype: torch.dtype
+) -> LayerState:
+    """Buffers that hold nothing."""
+    shape = {"batch_size": batch, "num_kv_heads": heads, "head_dim": head_dim, "capacity": capacity}
+    return allocate_state(config, **shape, dtype=dtype, device=device)
+
+
 def random_state(
-    config: InnerQConfig, *, batch: int, heads: int, head_dim: int, context: int, device: torch.device,
-    dtype: torch.dtype = torch.bfloat16, capacity: int | None = None,
-) -> LayerState:  # fmt: skip
-    """Buffers that hold ``context`` tokens."""
-    state = allocate_state(
-        config, batch_size=batch, num_kv_heads=heads, head_dim=head_dim, capacity=capacity or context + SPARE,
-        dtype=dtype, device=device,
-    )  # fmt: skip
+    config: InnerQConfig, batch: int, heads: int, head_dim: int, context: int, device: torch.device, dtype: torch.dtype
+) -> LayerState:
+    """Buffers that hold ``context`` tokens, with SPARE free slots."""
+    state = empty_state(config, batch, heads, head_dim, context + SPARE, device, dtype)
     fill(state, config, context)
     return state
 
@@ -48,7 +52,10 @@ def fill(state: LayerState, config: InnerQConfig, context: int) -> None:
             buffer.uniform_(0.7, 1.4)
         elif name == "key_center" and config.key_center != "off":
             buffer.normal_(0.0, 0.3)
-    _clear_zeros_of_symmetric_groups(state, config)
+    modes = ((config.key_mode, state.k_scales, state.k_zeros), (config.value_mode, state.v_scales, state.v_zeros))
+    for mode, scales, zeros in modes:
+        if mode == "hybrid":
+            zeros.masked_fill_(~torch.signbit(scales), 0.0)
     set_context(state, config, context)
 
 
@@ -59,38 +66,18 @@ def set_context(state: LayerState, config: InnerQConfig, context: int) -> None:
     state.counts[:, QUANTIZED] = config.num_quantized(context)
 
 
-def _clear_zeros_of_symmetric_groups(state: LayerState, config: InnerQConfig) -> None:
-    for mode, scales, zeros in (
-        (config.key_mode, state.k_scales, state.k_zeros),
-        (config.value_mode, state.v_scales, state.v_zeros),
-    ):
-        if mode == "hybrid":
-            zeros.masked_fill_(~torch.signbit(scales), 0.0)
-
-
 def held_bytes(state: LayerState, config: InnerQConfig, context: int) -> int:
     """Bytes of a decode step's packed part and windows: what has to be read, spare capacity left out."""
-    quantized = config.num_quantized(context)
-    total = 0
+    quantized, total = config.num_quantized(context), 0
     for name, buffer in state._asdict().items():
         if buffer.dim() < 3 or not buffer.numel():
             continue
-        size, units = buffer.numel() * buffer.element_size(), buffer.shape[2]
+        units = buffer.shape[2]
         if name.endswith("_window"):
-            size = size * min(context - quantized, units) // units
+            held = min(context - quantized, units)
         elif name.startswith("v_") and not name.endswith("_codes"):
-            size = size * (quantized // config.group_size) // units
-        elif name.startswith(("k_", "v_")):
-            size = size * (quantized // BLOCK) // units
-        total += size
+            held = quantized // config.group_size
+        else:
+            held = quantized // BLOCK if name.startswith(("k_", "v_")) else units
+        total += buffer.numel() * buffer.element_size() * held // units
     return total
-
-
-def copies_of(state: LayerState, count: int) -> list[LayerState]:
-    """The state and ``count - 1`` copies of it, each in memory of its own."""
-    return [state, *(LayerState(*(buffer.clone() for buffer in state)) for _ in range(count - 1))]
-
-
-def row_of(state: LayerState, row: int) -> LayerState:
-    """The buffers of one row of the batch."""
-    return LayerState(*(buffer[row : row + 1] if buffer.dim() > 1 else buffer for buffer in state))
