@@ -18,10 +18,12 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PROGRAMS = ("make", "innerq", "python", "torchrun", "pip")
 PACKAGE = ("innerq_compile", "passes", "kernels")
 
-# What Inductor makes of a graph, the README's block shows; elsewhere graphs stay as the passes leave them.
+# Compiling is shown by the README's block alone. Elsewhere only explain() needs graphs, if it comes before all else; the
+# rest gives the same without them.
 UNCOMPILED = """
-from torch._inductor import compile_fx
-compile_fx.compile_fx = lambda gm, example_inputs, **settings: gm.forward
+import torch, innerq_compile
+innerq_compile.explain = torch._dynamo.config.patch(disable=False)(innerq_compile.explain)
+torch._dynamo.config.disable = True
 """
 
 
