@@ -18,8 +18,8 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PROGRAMS = ("make", "innerq", "python", "torchrun", "pip")
 PACKAGE = ("innerq_compile", "passes", "kernels")
 
-# Compiling is shown by the README's block alone. Elsewhere only explain() needs graphs, if it comes before all else; the
-# rest gives the same without them.
+# Compiling is shown by the README's block alone. Elsewhere only explain() needs graphs, as long as it comes before
+# everything else; the rest gives the same without them.
 UNCOMPILED = """
 import torch, innerq_compile
 innerq_compile.explain = torch._dynamo.config.patch(disable=False)(innerq_compile.explain)
