@@ -48,7 +48,7 @@ README_ROWS = {
 
 
 def readme_table(result: dict[str, Any]) -> str:
-    """The table of docs/benchmarks.md: keys at 3 bits. The last column compares the same prompts."""
+    """The README's table: keys at 3 bits. The last column compares the same prompts."""
     start = min(result["short starts"], key=int)
     rows = []
     for name, title in README_ROWS.items():
