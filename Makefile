@@ -70,7 +70,7 @@ gpu: ## check and measure everything on a GPU, in less than nine minutes (withou
 	then $(PYTHON) benchmarks/gpu $(ARGS); \
 	else $(MAKE) --no-print-directory venv && $(BIN)/python benchmarks/gpu $(ARGS); fi
 
-tables: $(STAMP) ## write the measured tables and the plot into the READMEs from benchmarks/results
+tables: $(STAMP) ## write the measured tables and the plot into the documents from benchmarks/results
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt matplotlib
 	$(BIN)/python benchmarks/render.py
 

@@ -1,4 +1,4 @@
-"""Writes the measured tables into README.md and benchmarks/README.md, from the result files named here, and the plot.
+"""Writes the measured tables into the documents, from the result files named here, and the plot.
 
     make tables
 
@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "README.md")
 DECODE = RESULTS / "intel-xeon-processor-2-threads.json"
 GENERATE = RESULTS / "generate-llama-1b-intel-xeon-processor-2-threads.json"
 PLOT = RESULTS / "decode-attention.png"

@@ -30,7 +30,7 @@ MAX_FUSED_Q_LEN = 32
 class TensorQuantSpec:
     """How one tensor (the keys, or the values) is quantized. The same code serves both.
 
-    Formula (DESIGN section 3): ``x = s * (u - c0) + z`` with the unsigned code ``u``.
+    Formula (docs/design.md section 3): ``x = s * (u - c0) + z`` with the unsigned code ``u``.
     """
 
     bits: int
@@ -234,7 +234,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper-small": {"key_bits": 3, "value_bits": 2, **_PAPER},
     "paper-hybrid": {**_HYBRID, **_PAPER},
 }
-"""Preset name -> settings that differ from the defaults of :class:`InnerQConfig` (DESIGN section 3)."""
+"""Preset name -> settings that differ from the defaults of :class:`InnerQConfig` (docs/design.md section 8)."""
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -64,7 +64,13 @@ def quantize_groups(x: torch.Tensor, spec: TensorQuantSpec) -> QuantizedGroups:
 def dequantize_groups(
     codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, spec: TensorQuantSpec
 ) -> torch.Tensor:
-    """``x = s * (u - c0) + z`` (DESIGN section 3) for codes [..., g], scales and zeros [...]; float32 [..., g]."""
+    """Numbers ``x = s * (u - c0) + z`` (docs/design.md section 3): float32 [..., g].
+
+    Args:
+        codes: [..., g]
+        scales, zeros: [...]
+        spec: Bits, mode and levels.
+    """
     u = codes.float()
     s = scales.float().unsqueeze(-1)
     if spec.mode == "symmetric":

@@ -1,4 +1,4 @@
-"""One rank of the tensor-parallel test: runs the README's program, then generates with a shard of its own model.
+"""One rank of the tensor-parallel test: runs the example, then generates with a shard of its own model.
 
 Arguments: the program, directory of the model, JSON list of prompt tokens, number of new tokens, "inductor" or
 "passes", which runs the graphs as the passes leave them. Prints a line of JSON about what this rank holds.

@@ -1,4 +1,4 @@
-"""The benchmarks run, and what stands in the README comes out of their result files."""
+"""The benchmarks run, and what stands in the documents comes out of their result files."""
 
 import contextlib
 import importlib
@@ -41,7 +41,7 @@ def test_decode_attention_measures_rivals_or_says_what_is_missing(tmp_path):
             assert row["error"] < 1
 
 
-def test_tables_in_the_readmes_are_those_of_the_result_files():
+def test_tables_in_the_documents_are_those_of_the_result_files():
     show = "import json, render; pages = [page.read_text('utf-8') for page in render.PAGES]; "
     show += "print(json.dumps([[page, render.render(page)] for page in pages]))"
     done = subprocess.run([sys.executable, "-c", show], cwd=ROOT / "benchmarks", capture_output=True, text=True)

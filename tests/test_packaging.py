@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD_INPUTS = ["innerq_compile", "passes", "kernels", "pyproject.toml", "README.md", "LICENSE"]
+BUILD_INPUTS = [
+    "innerq_compile",
+    "passes",
+    "kernels",
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+]
 # Suffixes that are shipped from each folder of the repository; None ships everything.
 SHIPPED = {
     "innerq_compile": {".py", ".typed"},
@@ -33,7 +42,7 @@ def run_python(code: str, cwd: Path, pythonpath: Path | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def unpacked_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy of the tree, so that no stale build/ takes part, and unpack it."""
+    """Build the wheel from an sdist of a copy of the tree, so that no stale build/ takes part, and unpack it."""
     source = tmp_path_factory.mktemp("source")
     for name in BUILD_INPUTS:
         if (ROOT / name).is_dir():
@@ -41,8 +50,12 @@ def unpacked_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             shutil.copy(ROOT / name, source / name)
     output = tmp_path_factory.mktemp("wheel")
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(output)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [sdist] = output.glob("*.tar.gz")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run([*command, "--wheel-dir", output, source], capture_output=True, text=True)
+    done = subprocess.run([*command, "--wheel-dir", output, sdist], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     [wheel] = output.glob("*.whl")
     unpacked = tmp_path_factory.mktemp("unpacked")

@@ -119,7 +119,7 @@ class TestDegenerateGroups:
         assert (error <= step / 2 + slack).all(), (error - step / 2).max()
 
 
-# N(0,1), g = 32 (DESIGN section 3). 40000 groups: the mean of 1.28 M squared errors is known to about 0.3 %.
+# N(0,1), g = 32 (docs/design.md section 3). 40000 groups: the mean of 1.28 M squared errors is known to about 0.3 %.
 @pytest.mark.parametrize(
     ("bits", "levels", "mse"), [(3, "paper", 0.0513), (3, "full", 0.0316), (2, "paper", 0.433), (2, "full", 0.126)]
 )

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from innerq_compile import InnerQCache
 RANKS, NEW_TOKENS = 2, 24
 WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
 ROOT = Path(__file__).resolve().parent.parent
-[PROGRAM] = re.findall(r"^```py\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+PROGRAM = ROOT / "examples" / "tensor_parallel.py"
 
 needs_gloo = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -40,9 +39,7 @@ def test_ranks_hold_their_own_heads_and_generate_what_one_process_does(tiny_conf
     # INNERQ_TEST_INDUCTOR=1 compiles for real, on both ranks: a minute that a run of all tests does not have.
     how = "inductor" if os.environ.get("INNERQ_TEST_INDUCTOR") else "passes"
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    program = tmp_path / "generate.py"
-    program.write_text(PROGRAM, encoding="utf-8")
-    arguments = [str(program), str(tmp_path), json.dumps(ids[0].tolist()), str(NEW_TOKENS), how]
+    arguments = [str(PROGRAM), str(tmp_path), json.dumps(ids[0].tolist()), str(NEW_TOKENS), how]
     done = subprocess.run(
         [*torchrun, str(WORKER), *arguments],
         cwd=ROOT,

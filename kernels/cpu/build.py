@@ -53,6 +53,7 @@ NATIVE = ("-mcpu=native",) if platform.machine().lower() in ("arm64", "aarch64")
 
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "native": NATIVE,
+    "avx512": ("-march=x86-64-v4", "-mavx512vnni"),
     "avxvnni": ("-march=x86-64-v3", "-mavxvnni"),
     "avx2": ("-march=x86-64-v3",),
     "plain": ("-DINNERQ_PLAIN",),
@@ -65,7 +66,7 @@ class BuildError(RuntimeError):
 
 
 def load(isa: str | None = None, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The kernels for an instruction set path, built unless the cache has them.
+    """The kernels for an instruction set path: the wheel's own, else built unless the cache has them.
 
     Raises:
         BuildError: No compiler, a failed build, or a library that does not load.
@@ -73,7 +74,23 @@ def load(isa: str | None = None, extra_flags: tuple[str, ...] = ()) -> ctypes.CD
     isa = isa or os.environ.get("INNERQ_CPU_ISA", "native")
     if isa not in ISA_FLAGS:
         raise BuildError(f"INNERQ_CPU_ISA must be one of {', '.join(ISA_FLAGS)}, got {isa!r}")
-    return _load(isa, (*shlex.split(os.environ.get("INNERQ_CXXFLAGS", "")), *extra_flags))
+    flags = (*shlex.split(os.environ.get("INNERQ_CXXFLAGS", "")), *extra_flags)
+    if isa == "native" and not flags:
+        from innerq_compile.kernels.cpu import prebuilt
+
+        library = prebuilt.load()
+        if library is not None:
+            return library
+    return _load(isa, flags)
+
+
+def compile_library(isa: str, path: Path) -> None:
+    """Compiles the kernels for an instruction set path, whatever this machine's CPU is, into a file.
+
+    Raises:
+        BuildError: No compiler, or a failed build.
+    """
+    _build(find_compiler(), (*FLAGS, *ISA_FLAGS[isa]), path)
 
 
 @functools.cache
