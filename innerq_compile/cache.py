@@ -15,6 +15,7 @@ from innerq_compile.config import InnerQConfig
 from innerq_compile.folded import mark_of
 from innerq_compile.layer import MIN_CAPACITY, InnerQLayer
 from innerq_compile.layout import unsupported_head_dim
+from innerq_compile.live_caches import OwnConfig, register, take_back
 from innerq_compile.padding import ask, leading_pads, watch_masks
 from innerq_compile.rope import head_dim_of, rope_pairs_of
 from innerq_compile.storage import load_layers, read_header, save_layers
@@ -40,6 +41,12 @@ class InnerQCache(Cache):
         ValueError: Unknown preset or setting, one out of range, or ``key_norm="folded"`` for a model that is not.
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Copies, too, are caches that live."""
+        cache = super().__new__(cls)
+        register(cache)
+        return cache
+
     def __init__(
         self,
         config: PreTrainedConfig,
@@ -52,6 +59,8 @@ class InnerQCache(Cache):
         self._model = _facts_of(config)
         self._max_cache_len = max_cache_len
         text_config = config.get_text_config(decoder=True)
+        self.model_config = OwnConfig(config)
+        self.set_aside: tuple[int, list[CacheLayerMixin]] | None = None
         self.config = InnerQConfig.from_preset(preset, **_with_folded_norm(config, overrides))
         if self.config.rope_pairs != "off" and "rope_pairs" not in overrides:
             self.config = dataclasses.replace(self.config, rope_pairs=rope_pairs_of(text_config))
@@ -107,6 +116,8 @@ class InnerQCache(Cache):
 
     def reset(self) -> None:
         """Empties every layer without reallocating."""
+        if self.set_aside is not None:
+            take_back(self)
         super().reset()
         self._awaits_first_tokens = True
 

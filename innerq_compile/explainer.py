@@ -20,6 +20,9 @@ from innerq_compile.report import LEFT, Report, SiteReport
 
 PROMPT_TOKENS = 8
 
+LEFT_ALONE = "as its owner chose it: enable() quantizes the caches that it makes itself"
+"""Of a ``StaticCache`` that an enabled model is given."""
+
 
 def explain(
     model: PreTrainedModel,
@@ -49,12 +52,14 @@ def explain(
         input_ids = torch.zeros(1, PROMPT_TOKENS, dtype=torch.long, device=model.device)
     ours = InnerQCache(model.config, preset=preset, max_cache_len=input_ids.shape[1] + 1, **overrides)
     cache = ours if past_key_values is None else past_key_values
+    settings = getattr(getattr(model.generation_config, "compile_config", None), "options", None) or {}
+    kept = LEFT_ALONE if settings.get("static_cache") == "off" else ""
     reports: list[Report] = []
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         reports.append(run_passes(gm))
         if not isinstance(cache, InnerQCache):
-            reports.append(capture_static_cache(gm.graph, ours.config)[0] + find_dynamic_caches(gm.graph))
+            reports.append(capture_static_cache(gm.graph, ours.config, kept=kept)[0] + find_dynamic_caches(gm.graph))
             gm.recompile()
         return gm.forward
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,9 +44,15 @@ class _Left(Exception):  # noqa: N818  never leaves this file: why a site stays 
 
 
 def capture_static_cache(
-    graph: fx.Graph, config: InnerQConfig, *, exact: bool = False
+    graph: fx.Graph, config: InnerQConfig, *, exact: bool = False, kept: Mapping[fx.Node, str] | str = ""
 ) -> tuple[Report, list[tuple[int, int]]]:
     """Rewrites every attention over a ``StaticCache`` that can be, in place.
+
+    Args:
+        graph: A graph of torch functions.
+        config: Settings of the packed copies.
+        exact: Forbids kernels to round queries and probabilities.
+        kept: Buffers that stay as they are, each with the reason; or one reason for all.
 
     Returns:
         A report on all of them, and for each one rewritten the places of its key and its value buffer among the
@@ -66,6 +73,9 @@ def capture_static_cache(
             values = _buffer_behind(call.value)
             if values is None:
                 raise _Left("its values come from elsewhere")
+            reason = kept if isinstance(kept, str) else kept.get(keys.node) or kept.get(values.node)
+            if reason:
+                raise _Left(reason)
             _check(attention, call, keys, values, config)
             _check_moves(memory, attention, keys, values)
             _rewrite(graph, attention, call, keys, values, config, exact)
