@@ -89,7 +89,7 @@ def _compiled_once(backend: Callable[..., Any]) -> Callable[..., Any]:
     code = forward_of.__code__.replace(co_name=f"explain_{next(_calls)}")
     once = types.FunctionType(code, forward_of.__globals__)
     region = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    return torch.compile(once, backend=backend, **region)  # type: ignore[call-overload, no-any-return]
+    return torch.compile(once, backend=backend, **region)  # type: ignore[call-overload]
 
 
 _calls = itertools.count()
