@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from innerq_compile.config import PRESETS, InnerQConfig
+from innerq_compile.live_caches import keeps_in_16_bits
 from innerq_compile.overflow import checked
 from innerq_compile.passes import run_passes
 from innerq_compile.passes.appends import find_appends
@@ -26,11 +27,18 @@ from innerq_compile.shadow import watched
 
 logger = logging.getLogger(__name__)
 
-OWN_OPTIONS: dict[str, Any] = {"fuse": True, "exact": False, "key_norm": "runtime", "static_cache": "base"}
+OWN_OPTIONS: dict[str, Any] = {
+    "fuse": True,
+    "exact": False,
+    "key_norm": "runtime",
+    "static_cache": "base",
+    "fold_id": 0,
+}
 """Options that are ours, with their defaults. ``fuse`` rewrites the graph; ``exact`` forbids kernels to round queries
 and probabilities (on a CPU to integers, on a GPU to float16); ``key_norm="folded"`` folds the key norm into the model's
 weights, in place, with the first prompt that is compiled; ``static_cache`` is the preset of the packed copies beside a
-``StaticCache``; ``"off"`` leaves it alone. Every other key belongs to ``torch._inductor.config``."""
+``StaticCache``; ``"off"`` leaves it alone; ``fold_id`` is a number that keeps graphs apart whose weights are folded
+separately (``enable`` sets it). Every other key belongs to ``torch._inductor.config``."""
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "fuse": (True, False),
@@ -65,7 +73,7 @@ def innerq(
     if own["key_norm"] == "folded":
         fold_captured(gm, example_inputs)
     appends = find_appends(gm.graph)
-    buffers = _rewrite(gm, own) if own["fuse"] else []
+    buffers = _rewrite(gm, example_inputs, own) if own["fuse"] else []
     if _needs_cpp_compiler(example_inputs) and not cpp_compiler_works():
         _tell_once_that_nothing_is_compiled()
         compiled: Callable[..., Any] = gm.forward
@@ -82,7 +90,7 @@ def innerq(
     return watched(compiled, buffers) if buffers else compiled
 
 
-def _rewrite(gm: fx.GraphModule, own: Mapping[str, Any]) -> list[tuple[int, int]]:
+def _rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], own: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Runs the passes and tells what became of the graph.
 
     Returns:
@@ -93,7 +101,8 @@ def _rewrite(gm: fx.GraphModule, own: Mapping[str, Any]) -> list[tuple[int, int]
     # A graph with sites of our own cache holds no other one: its 16-bit layers are what that cache decided.
     if own["static_cache"] != "off" and not report.sites:
         settings = InnerQConfig.from_preset(own["static_cache"])
-        captured, buffers = capture_static_cache(gm.graph, settings, exact=own["exact"])
+        kept = _kept_buffers(gm.graph, example_inputs)
+        captured, buffers = capture_static_cache(gm.graph, settings, exact=own["exact"], kept=kept)
         report += captured
         gm.recompile()
     report += find_dynamic_caches(gm.graph)
@@ -101,6 +110,16 @@ def _rewrite(gm: fx.GraphModule, own: Mapping[str, Any]) -> list[tuple[int, int]
     if report.note:
         _tell_once(report.note)
     return buffers
+
+
+def _kept_buffers(graph: fx.Graph, example_inputs: Sequence[Any]) -> dict[fx.Node, str]:
+    """Inputs that hold a layer which an ``InnerQCache`` does not quantize: what it refused, nobody else may do."""
+    placeholders = graph.find_nodes(op="placeholder")
+    return {
+        node: "as its InnerQCache decided; cache.unquantized says why"
+        for node, value in zip(placeholders, example_inputs, strict=True)
+        if isinstance(value, torch.Tensor) and keeps_in_16_bits(value)
+    }
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:
@@ -124,8 +143,9 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     own, inductor = dict(OWN_OPTIONS), {}
     for key, value in options.items():
         if key in OWN_OPTIONS:
-            if not isinstance(value, type(OWN_OPTIONS[key])) or value not in CHOICES[key]:
-                expected = " or ".join(map(str, CHOICES[key]))
+            choices = CHOICES.get(key, (value,))
+            if type(value) is not type(OWN_OPTIONS[key]) or value not in choices:
+                expected = " or ".join(map(str, CHOICES.get(key, (type(OWN_OPTIONS[key]).__name__,))))
                 raise ValueError(f"option {key!r} must be {expected}, got {value!r}")
             own[key] = value
         else:

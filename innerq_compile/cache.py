@@ -17,6 +17,7 @@ from innerq_compile.folded import mark_of
 from innerq_compile.held_tensors import leave_inference_mode, may_be_changed_anywhere, replace_tensors
 from innerq_compile.layer import NO_OFFLOADING, InnerQLayer, cast_exactly
 from innerq_compile.layout import LayerState, unsupported_head_dim
+from innerq_compile.live_caches import OwnConfig, register, take_back
 from innerq_compile.overflow import check_nothing_lost, check_room
 from innerq_compile.padding import ask, leading_pads, watch_masks
 from innerq_compile.room import MIN_CAPACITY, check_tokens, first_capacity, grown_capacity
@@ -47,6 +48,12 @@ class InnerQCache(Cache):
         ValueError: Unknown preset or setting, one out of range, or ``key_norm="folded"`` for a model that is not.
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Copies, too, are caches that live."""
+        cache = super().__new__(cls)
+        register(cache)
+        return cache
+
     def __init__(
         self,
         config: PreTrainedConfig,
@@ -63,6 +70,8 @@ class InnerQCache(Cache):
         self._capacity = max_cache_len or MIN_CAPACITY
         self.grows_per_call = max_cache_len is None
         text_config = config.get_text_config(decoder=True)
+        self.model_config = OwnConfig(config)
+        self.set_aside: tuple[int, list[CacheLayerMixin]] | None = None
         self.config = InnerQConfig.from_preset(preset, **_with_folded_norm(config, overrides))
         if self.config.rope_pairs != "off" and "rope_pairs" not in overrides:
             self.config = dataclasses.replace(self.config, rope_pairs=rope_pairs_of(text_config))
@@ -196,6 +205,8 @@ class InnerQCache(Cache):
 
     def reset(self) -> None:
         """Empties every layer without reallocating."""
+        if self.set_aside is not None:
+            take_back(self)
         self._leave_inference_mode()
         super().reset()
         self._awaits_first_tokens = True

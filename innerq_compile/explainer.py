@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +19,9 @@ from innerq_compile.passes.dynamic_cache import find_dynamic_caches
 from innerq_compile.report import LEFT, Report, SiteReport
 
 PROMPT_TOKENS = 8
+
+LEFT_ALONE = "as its owner chose it: enable() quantizes the caches that it makes itself"
+"""Of a ``StaticCache`` that an enabled model is given."""
 
 
 def explain(
@@ -46,12 +52,14 @@ def explain(
         input_ids = torch.zeros(1, PROMPT_TOKENS, dtype=torch.long, device=model.device)
     ours = InnerQCache(model.config, preset=preset, max_cache_len=input_ids.shape[1] + 1, **overrides)
     cache = ours if past_key_values is None else past_key_values
+    settings = getattr(getattr(model.generation_config, "compile_config", None), "options", None) or {}
+    kept = LEFT_ALONE if settings.get("static_cache") == "off" else ""
     reports: list[Report] = []
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         reports.append(run_passes(gm))
         if not isinstance(cache, InnerQCache):
-            reports.append(capture_static_cache(gm.graph, ours.config)[0] + find_dynamic_caches(gm.graph))
+            reports.append(capture_static_cache(gm.graph, ours.config, kept=kept)[0] + find_dynamic_caches(gm.graph))
             gm.recompile()
         return gm.forward
 
@@ -60,11 +68,31 @@ def explain(
     positions = {"position_ids": torch.full_like(input_ids[:, -1:], input_ids.shape[1])} if takes_positions else {}
     with torch.no_grad():
         model.forward(input_ids, past_key_values=cache)
-        torch.compile(model.forward, backend=record)(input_ids[:, -1:], past_key_values=cache, **positions)
+        _compiled_once(record)(model, input_ids[:, -1:], past_key_values=cache, **positions)
     report = sum(reports, Report())
     if isinstance(cache, InnerQCache):
         report += Report(_unquantized(model, cache))
     return report if report.found or report.note else report + Report(note=_advice(model, cache))
+
+
+def _compiled_once(backend: Callable[..., Any]) -> Callable[..., Any]:
+    """``call(model, ...)`` compiles ``model.forward(...)`` and leaves no trace in what others compile of that model.
+
+    Dynamo counts compilations by code object and gives up after eight, so this one gets a code object of its own, with
+    a name of its own, which is where Dynamo remembers sizes that changed. Where a model breaks its graph, its own code
+    objects are compiled after all, into a region of their own if torch has such.
+    """
+
+    def forward_of(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    code = forward_of.__code__.replace(co_name=f"explain_{next(_calls)}")
+    once = types.FunctionType(code, forward_of.__globals__)
+    region = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    return torch.compile(once, backend=backend, **region)  # type: ignore[call-overload]
+
+
+_calls = itertools.count()
 
 
 def _unquantized(model: PreTrainedModel, cache: InnerQCache) -> tuple[SiteReport, ...]:

@@ -24,6 +24,7 @@ from torch.export import ExportedProgram, export
 
 from innerq_compile.calibration import WINDOW, token_windows
 from innerq_compile.folded import check_fingerprint, fingerprint, mark_of, set_mark
+from innerq_compile.live_caches import new_weights, weights_changed, weights_of
 from innerq_compile.passes.canonicalize import value_of
 from innerq_compile.passes.fold_key_norm import FoldedKeyNorm
 from innerq_compile.passes.fold_key_norm import fold_key_norm as fold_in_graph
@@ -53,7 +54,10 @@ class KeyNormFold:
     _undo: Callable[[], None]
 
     def restore(self) -> None:
-        """Puts the former parameters back, bit for bit, whatever happened to them since."""
+        """Puts the former parameters back, bit for bit, whatever happened to them since.
+
+        A cache that was filled with the folded ones refuses to be used; one from before the fold is right again.
+        """
         self._undo()
 
     def save(self, folder: str | Path) -> Path:
@@ -92,7 +96,9 @@ def fold_key_norm(
 ) -> KeyNormFold:
     """Folds the per-channel key norm into the projections in front of every attention, in place.
 
-    Works on the captured graph, whatever the model's class. All attentions are folded or none.
+    Works on the captured graph, whatever the model's class. All attentions are folded or none. An ``InnerQCache`` of
+    this model that holds tokens refuses to be used from then on: its keys fit the former parameters. Nobody tells
+    transformers' own caches, so start new ones.
 
     Args:
         model: A causal language model, a ``GraphModule`` with its parameters as attributes, or an exported program.
@@ -230,9 +236,12 @@ def _replace_state(
 def _mark(model: Any, handle: KeyNormFold, traced: TracedGraph, result: FoldedKeyNorm) -> KeyNormFold:
     changed = {traced.names[node]: tensor for node, tensor in result.tensors.items()}
     set_mark(model.config, {**dataclasses.asdict(handle.settings), "fingerprint": fingerprint(changed)})
+    before = weights_of(model.config)
+    weights_changed(model.config, "fold_key_norm()", now=new_weights())
 
     def undo() -> None:
         handle._undo()
         set_mark(model.config, None)
+        weights_changed(model.config, "restore()", now=before)
 
     return dataclasses.replace(handle, _undo=undo)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import CompileConfig, DynamicCache, PreTrainedModel
 from innerq_compile.backend import mode_options
 from innerq_compile.cache import InnerQCache
 from innerq_compile.folded import check_folded, mark_of
+from innerq_compile.live_caches import new_weights, weights_changed
+from innerq_compile.passes.fold_captured import unfold_captured
 from innerq_compile.room import MIN_CAPACITY
 
 CAPACITIES_PER_DOUBLING = 8
@@ -23,6 +26,7 @@ _RESUMES = tuple(int(part) for part in transformers.__version__.split(".")[:2]) 
 not, what lies between is not known."""
 
 _SWITCH = "_innerq_switch"
+_FOLD = "_innerq_fold"
 _HOOK = "_prepare_cache_for_generation"
 
 
@@ -47,7 +51,8 @@ def enable(
 
     The model is compiled in place, its ``generation_config`` names the backend, and :class:`InnerQCache` becomes the
     cache that ``generate()`` uses when it is given none. ``past_key_values``, ``use_cache=False`` and
-    ``cache_implementation`` keep their meaning. A second call replaces the first one's settings.
+    ``cache_implementation`` keep their meaning: a ``StaticCache`` stays in 16 bits. A second call replaces the first
+    one's settings.
 
     Args:
         preset: Settings of the cache, see :data:`innerq_compile.config.PRESETS`.
@@ -56,7 +61,7 @@ def enable(
         exact: Forbids kernels to round queries and probabilities (on a CPU to integers, on a GPU to float16).
         mode: One of Inductor's modes, ``"reduce-overhead"`` for instance.
         **overrides: Single settings of :class:`~innerq_compile.config.InnerQConfig`. ``key_norm="folded"`` folds the
-            key norm into the weights with the first prompt, in place, unless
+            key norm into the weights with the first prompt, in place, until :func:`disable` puts them back, unless
             :func:`~innerq_compile.fold_key_norm` did it before.
 
     Returns:
@@ -76,9 +81,13 @@ def enable(
     if max_cache_len is not None:
         make_cache(max_cache_len=max_cache_len)
     # torch.compile takes a mode or options, not both, so the mode is spelled out as options.
-    options = {"exact": exact, **({"key_norm": "folded"} if fold_later else {}), **mode_options(mode)}
-
-    disable(model)
+    options = {"exact": exact, "static_cache": "off", **mode_options(mode)}
+    _put_back(model)
+    if fold_later:
+        setattr(model, _FOLD, getattr(model, _FOLD, next(_fold_ids)))
+        options |= {"key_norm": "folded", "fold_id": getattr(model, _FOLD)}
+    else:
+        _unfold(model, "enable()")
     switch = _Switch(model._compiled_call_impl, model.generation_config.compile_config)
     compile_config = CompileConfig(backend="innerq", mode=None, options=options)
     # Otherwise generate() warns, on a CPU, that it will not compile what is compiled already.
@@ -91,8 +100,28 @@ def enable(
     return model
 
 
+_fold_ids = itertools.count(1)
+
+
 def disable(model: PreTrainedModel) -> PreTrainedModel:
-    """Puts back what :func:`enable` replaced; does nothing to a model that was never enabled. Returns the model."""
+    """Puts back what :func:`enable` replaced; does nothing to a model that was never enabled. Returns the model.
+
+    Weights that ``key_norm="folded"`` changed with the first prompt are what they were, bit for bit; a cache that was
+    filled with the folded ones refuses to be used. What :func:`~innerq_compile.fold_key_norm` did stays: its handle
+    has ``restore()``.
+    """
+    _put_back(model)
+    _unfold(model, "disable()")
+    return model
+
+
+def _unfold(model: PreTrainedModel, what: str) -> None:
+    model.__dict__.pop(_FOLD, None)
+    if unfold_captured(model.parameters()):
+        weights_changed(model.config, what, now=new_weights())
+
+
+def _put_back(model: PreTrainedModel) -> None:
     switch: _Switch | None = getattr(model, _SWITCH, None)
     if switch is not None:
         model.generation_config.compile_config = switch.compile_config
@@ -101,7 +130,6 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
             model.__dict__.pop(name, None)
         if switch.compiled_call is not None:
             model._compiled_call_impl = switch.compiled_call
-    return model
 
 
 def _check_model(model: PreTrainedModel) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from innerq_compile import shadow
 from innerq_compile.config import InnerQConfig
 from innerq_compile.layout import unsupported_head_dim
+from innerq_compile.passes.aliasing import Memory
 from innerq_compile.passes.canonicalize import AttentionCall, op_name, read_attention, repeats_heads, value_of
 from innerq_compile.passes.match import module_path
 from innerq_compile.report import LEFT, REWRITTEN, Report, SiteReport
@@ -42,15 +44,22 @@ class _Left(Exception):  # noqa: N818  never leaves this file: why a site stays 
 
 
 def capture_static_cache(
-    graph: fx.Graph, config: InnerQConfig, *, exact: bool = False
+    graph: fx.Graph, config: InnerQConfig, *, exact: bool = False, kept: Mapping[fx.Node, str] | str = ""
 ) -> tuple[Report, list[tuple[int, int]]]:
     """Rewrites every attention over a ``StaticCache`` that can be, in place.
+
+    Args:
+        graph: A graph of torch functions.
+        config: Settings of the packed copies.
+        exact: Forbids kernels to round queries and probabilities.
+        kept: Buffers that stay as they are, each with the reason; or one reason for all.
 
     Returns:
         A report on all of them, and for each one rewritten the places of its key and its value buffer among the
         graph's inputs, which :func:`innerq_compile.shadow.watched` needs.
     """
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    memory = Memory(graph)
     sites, buffers = [], []
     for attention in list(graph.nodes):
         call = read_attention(attention)
@@ -64,7 +73,11 @@ def capture_static_cache(
             values = _buffer_behind(call.value)
             if values is None:
                 raise _Left("its values come from elsewhere")
-            _check(call, keys, values, config)
+            reason = kept if isinstance(kept, str) else kept.get(keys.node) or kept.get(values.node)
+            if reason:
+                raise _Left(reason)
+            _check(attention, call, keys, values, config)
+            _check_moves(memory, attention, keys, values)
             _rewrite(graph, attention, call, keys, values, config, exact)
             sites.append(SiteReport(path, REWRITTEN, CAPTURED))
             buffers.append((inputs.index(keys.node), inputs.index(values.node)))
@@ -86,13 +99,14 @@ def _buffer_behind(key: Any) -> _Buffer | None:
     return _Buffer(key, writes[0], tuple(views)) if len(writes) == 1 else None
 
 
-def _check(call: AttentionCall, keys: _Buffer, values: _Buffer, config: InnerQConfig) -> None:
+def _check(attention: fx.Node, call: AttentionCall, keys: _Buffer, values: _Buffer, config: InnerQConfig) -> None:
     """Raises _Left unless the attention means what the op does."""
+    # Another layer may attend to the same buffers later, but not to views that were made of them for this one.
     readers = set(call.key.users) & set(call.value.users)
     for buffer in (keys, values):
-        used = {user for user in buffer.node.users if op_name(user) != "size"}
+        used = {user for user in buffer.node.users if op_name(user) != "size"} - readers
         used |= {user for node in (buffer.write, *buffer.views) for user in node.users}
-        others = used - {buffer.write, *buffer.views, *readers}
+        others = used - {buffer.write, *buffer.views, attention}
         if others:
             raise _Left(f"its buffers are also used by {', '.join(sorted(map(op_name, others)))}")
         if (
@@ -126,6 +140,26 @@ def _check(call: AttentionCall, keys: _Buffer, values: _Buffer, config: InnerQCo
     reason = unsupported_head_dim(config, head_dim)
     if reason:
         raise _Left(reason)
+
+
+def _check_moves(memory: Memory, attention: fx.Node, keys: _Buffer, values: _Buffer) -> None:
+    """Raises _Left unless both writes, and every copy on the way to the attention, may happen where it stands."""
+    for buffer in (keys, values):
+        _, _, position, new = buffer.write.args
+        own = (keys.write, values.write, *keys.views, *values.views)
+        between = memory.conflict(
+            after=buffer.write,
+            before=attention,
+            reads=(position, new),  # type: ignore[arg-type]
+            writes=(buffer.node,),
+            ignoring=own,
+        )
+        if between is None and buffer.views:
+            # repeat_kv copies: what is attended to are the buffers as they were there.
+            first = buffer.views[-1]
+            between = memory.conflict(after=first, before=attention, reads=(buffer.node,), ignoring=buffer.views)
+        if between is not None:
+            raise _Left(f"{op_name(between)} stands between the write and the attention and may change what they read")
 
 
 def _rewrite(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from innerq_compile import ops
 from innerq_compile.config import InnerQConfig
+from innerq_compile.live_caches import filled_caches
+from innerq_compile.passes.canonicalize import value_of
 from innerq_compile.passes.fold_key_norm import fold_key_norm
 from innerq_compile.passes.trace_projections import FoldRefused, trace_projections
 from innerq_compile.passes.traced_graph import TracedGraph
@@ -31,7 +33,17 @@ from innerq_compile.passes.traced_graph import TracedGraph
 logger = logging.getLogger(__name__)
 
 _folded = WeakIdKeyDictionary()
-"""Parameters that hold a folded norm."""
+"""Parameters that hold a folded norm -> what they held before."""
+
+
+def unfold_captured(parameters: Iterable[torch.Tensor]) -> bool:
+    """Puts back, bit for bit, what a backend folded into these parameters. Returns whether there was anything."""
+    undone = False
+    for parameter in parameters:
+        if parameter in _folded:
+            parameter.data.copy_(_folded.pop(parameter))
+            undone = True
+    return undone
 
 
 def fold_captured(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> int:
@@ -54,6 +66,7 @@ def fold_captured(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> int:
     try:
         projected = [_parameters(traced, node) for node in appends]
         if not reads and not any(p in _folded for parameters in projected for p in parameters):
+            _check_caches(appends)
             _fold(traced, dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)))
     except FoldRefused as refusal:
         logger.warning("the key norm stays at run time: %s", refusal)
@@ -74,13 +87,25 @@ def _parameters(traced: TracedGraph, append: fx.Node) -> list[torch.Tensor]:
     return [traced.tensors[p.node] for scaling in channels.scalings for p in scaling.parameters]
 
 
+def _check_caches(appends: Sequence[fx.Node]) -> None:
+    """A graph does not say whose weights it holds, so keys of this shape that are alive might be theirs."""
+    key = value_of(appends[0].args[0])
+    others = filled_caches(int(key.shape[1]), int(key.shape[3]))
+    if others:
+        raise FoldRefused(
+            f"{others} InnerQCache of this shape hold keys of the weights as they are; drop or reset() them before the "
+            "first prompt is compiled, or fold ahead of time with innerq_compile.fold_key_norm(model, tokens)"
+        )
+
+
 def _fold(traced: TracedGraph, values: dict[fx.Node, Any]) -> None:
     batch = {node: _as_called(values[node]) for node in traced.inputs}
     if any(isinstance(value, FakeTensor) for value in values.values()):
         raise FoldRefused("the graph is compiled without the model's weights")
     for node, new in fold_key_norm(traced, [batch]).tensors.items():
+        before = traced.tensors[node].detach().clone()
         traced.tensors[node].data.copy_(new)
-        _folded[traced.tensors[node]] = True
+        _folded[traced.tensors[node]] = before
 
 
 def _as_called(value: Any) -> Any:

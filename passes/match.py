@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from innerq_compile import ops
 from innerq_compile.config import InnerQConfig
-from innerq_compile.passes.aliasing import first_mutation
+from innerq_compile.passes.aliasing import Memory
 from innerq_compile.passes.canonicalize import (
     ASSERTION,
     AttentionCall,
@@ -84,9 +84,10 @@ def match(graph: fx.Graph) -> list[DecodeSite | Refusal]:
     found: list[DecodeSite | Refusal] = []
     read = {node.args[0] for node in graph.nodes if node.target in (ops.dequantize_kv, ops.decode_attention)}
     read |= {node.args[1] for node in graph.nodes if node.target is ops.decode_attention}
+    memory = Memory(graph)
     for node in graph.nodes:
         if node.target is ops.dequantize_kv:
-            found.append(_match_site(node))
+            found.append(_match_site(node, memory))
         elif node.target is ops.append_kv and node.args[2] not in read:
             found.append(Refusal(module_path(node), node, "prefill: attends to its own exact keys and values", LEFT))
     return found
@@ -99,7 +100,7 @@ def module_path(node: fx.Node) -> str:
     return path.removeprefix("L['self']").removeprefix("L['fn']").strip(".") or node.name
 
 
-def _match_site(dequantize: fx.Node) -> DecodeSite | Refusal:
+def _match_site(dequantize: fx.Node, memory: Memory) -> DecodeSite | Refusal:
     path = module_path(dequantize)
     arguments: tuple[Any, ...] = dequantize.args
     *buffers, capacity, spec = arguments
@@ -125,7 +126,7 @@ def _match_site(dequantize: fx.Node) -> DecodeSite | Refusal:
         )
         _check_call(call, site.dead)
         _check_shapes(site, call)
-        _check_writes(site, attention)
+        _check_writes(site, attention, memory)
     except Mismatch as mismatch:
         return Refusal(path, dequantize, mismatch.reason, mismatch.status)
     return site
@@ -227,14 +228,17 @@ def _check_shapes(site: DecodeSite, call: AttentionCall) -> None:
         raise Mismatch(f"mask of shape {tuple(mask)} does not broadcast to {tuple(wanted)}")
 
 
-def _check_writes(site: DecodeSite, attention: Attention) -> None:
+def _check_writes(site: DecodeSite, attention: Attention, memory: Memory) -> None:
     """The fused op reads everything where the attention ends; the attention reads some of it earlier."""
-    mutation = first_mutation(site.state, after=site.dequantize, before=site.attention)
+    mutation = memory.conflict(after=site.dequantize, before=site.attention, reads=site.state)
     if mutation is not None:
         raise Mismatch(f"{op_name(mutation)} changes the cache between its read and the attention")
     if attention.steps:
-        mutation = first_mutation(
-            (site.query, site.mask), after=attention.steps[0], before=site.attention, ignoring=attention.steps
+        mutation = memory.conflict(
+            after=attention.steps[0],
+            before=site.attention,
+            reads=(site.query, site.mask),
+            ignoring=attention.steps,
         )
         if mutation is not None:
             raise Mismatch(f"{op_name(mutation)} may change the query or the mask while they are attended with")

@@ -29,22 +29,23 @@ ALLOWED = {
     "facts": {"folded", "room"},
     "sixteen_bit": {"held_tensors", "ops", "room"},
     "layer": {"config", "held_tensors", "layout", "quant", "reference", "ops", "room"},
-    "cache": {"config", "facts", "folded", "held_tensors", "layout", "layer", "overflow", "padding", "room", "rope"},
+    "live_caches": {"layer"},
+    "cache": {"config", "facts", "folded", "held_tensors", "layout", "layer", "live_caches", "overflow", "padding"},
     "storage": {"config", "layout", "layer", "sixteen_bit"},
     "shadow": {"config", "layout", "ops"},
     "report": {"config", "layout", "quant", "reference", "ops"},
     "kernels.cpu": {"config", "layout", "quant", "ops", "report"},
     "kernels.triton": {"arguments", "config", "layout", "quant", "ops", "report"},
-    "passes": {"config", "layout", "quant", "reference", "ops", "overflow", "shadow", "cache", "report"},
-    "backend": {"config", "layout", "ops", "overflow", "cache", "report", "passes", "kernels", "shadow"},
-    "fold": {"calibration", "folded", "passes"},
+    "passes": {"config", "layout", "quant", "reference", "ops", "overflow", "shadow", "cache", "live_caches", "report"},
+    "backend": {"config", "layout", "ops", "live_caches", "overflow", "cache", "report", "passes", "kernels", "shadow"},
+    "fold": {"calibration", "folded", "live_caches", "passes"},
     "optimum_fx": {"fold", "passes"},
     "explainer": {"config", "cache", "report", "passes"},
-    "generation": {"config", "cache", "folded", "room", "backend"},
+    "generation": {"config", "cache", "folded", "live_caches", "passes", "room", "backend"},
     "export": {"config", "layout", "quant", "reference", "ops", "cache", "report", "passes", "kernels", "backend"},
     "demo": {"config", "layout", "quant", "reference", "ops", "cache", "report", "passes", "kernels", "backend"},
 }
-ALLOWED["cache"] |= {"sixteen_bit", "storage"}
+ALLOWED["cache"] |= {"room", "rope", "sixteen_bit", "storage"}
 ALLOWED["evaluation"] = {"cache", "demo", "kernels"}
 ALLOWED["demo"] |= {"explainer", "fold", "generation"}
 ALLOWED["cli"] = {*ALLOWED["export"], "explainer", "generation", "export", "demo", "evaluation", "__init__"}

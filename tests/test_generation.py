@@ -30,11 +30,12 @@ class TestEnable:
         assert enable(tiny_model, exact=True) is tiny_model
         assert tiny_model._compiled_call_impl is not None
         config = tiny_model.generation_config.compile_config
-        assert (config.backend, config.mode, config.options) == ("innerq", None, {"exact": True})
+        assert (config.backend, config.mode, config.options) == ("innerq", None, {"exact": True, "static_cache": "off"})
 
     def test_mode_is_spelled_out_as_options(self, tiny_model):
         enable(tiny_model, mode="reduce-overhead")
-        assert tiny_model.generation_config.compile_config.options == {"exact": False, "triton.cudagraphs": True}
+        options = tiny_model.generation_config.compile_config.options
+        assert options == {"exact": False, "static_cache": "off", "triton.cudagraphs": True}
 
     @pytest.mark.parametrize(
         ("needed", "capacity"), [(1, MIN_CAPACITY), (512, 512), (513, 576), (1024, 1024), (3000, 3072)]

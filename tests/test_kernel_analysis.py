@@ -67,3 +67,19 @@ def test_torch_gets_its_analysis_back():
         assert all(present()[name] is not before[name] for name in before)
         raise RuntimeError("as if compiling failed")
     assert present() == before
+
+
+def test_compilations_that_overlap_give_torch_its_analysis_back_with_the_last():
+    from torch._higher_order_ops import triton_kernel_wrap
+
+    def now():
+        return [getattr(triton_kernel_wrap, name, None) for name in NAMES]
+
+    before, first, second = now(), analyses_remembered(), analyses_remembered()
+    first.__enter__()
+    during = now()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert now() == during != before
+    second.__exit__(None, None, None)
+    assert now() == before

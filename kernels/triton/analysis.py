@@ -8,6 +8,7 @@ the time that compiling a model took (benchmarks/LOG.md).
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -25,17 +26,33 @@ def analyses_remembered() -> Iterator[None]:
     """While this lasts, torch analyses a kernel once for all launches that differ in their tensors alone.
 
     It replaces a function of torch that is not public. A torch that has none of :data:`NAMES` analyses as it likes.
+    Compilations in several threads may overlap: they share what is found out, and the last to end gives torch its own
+    back.
     """
+    global _num_users
     from torch._higher_order_ops import triton_kernel_wrap
 
-    known = {name: getattr(triton_kernel_wrap, name) for name in NAMES if hasattr(triton_kernel_wrap, name)}
-    for name, analysis in known.items():
-        setattr(triton_kernel_wrap, name, remembered(analysis))
+    with _lock:
+        if _num_users == 0:
+            _own.update((n, getattr(triton_kernel_wrap, n)) for n in NAMES if hasattr(triton_kernel_wrap, n))
+            for name, analysis in _own.items():
+                setattr(triton_kernel_wrap, name, remembered(analysis))
+        _num_users += 1
     try:
         yield
     finally:
-        for name, analysis in known.items():
-            setattr(triton_kernel_wrap, name, analysis)
+        with _lock:
+            _num_users -= 1
+            if _num_users == 0:
+                for name, analysis in _own.items():
+                    setattr(triton_kernel_wrap, name, analysis)
+                _own.clear()
+
+
+_lock = threading.Lock()
+_num_users = 0
+_own: dict[str, Analysis] = {}
+"""torch's own analyses, while ours stand in their places."""
 
 
 def remembered(analysis: Analysis) -> Analysis:
