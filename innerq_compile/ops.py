@@ -52,7 +52,7 @@ def _dequantize_kv(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
 def _decode_attention(query: torch.Tensor, *args: object) -> torch.Tensor:
     *buffers, attn_mask, sm_scale, capacity, spec = args[: len(_BUFFERS) + 4]
     state = LayerState(*buffers)  # type: ignore[arg-type]
-    config = InnerQConfig.from_spec(spec)  # type: ignore[arg-type]
+    config = InnerQConfig.from_spec(spec)
     check_decode_attention(query, state, attn_mask, sm_scale, capacity, config)  # type: ignore[arg-type]
     _check_counts(state, capacity, config)  # type: ignore[arg-type]
     return reference.decode_attention(query, state, attn_mask, sm_scale, config, capacity)  # type: ignore[arg-type]
