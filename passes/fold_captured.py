@@ -69,7 +69,8 @@ def fold_captured(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> int:
             _check_caches(appends)
             _fold(traced, dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)))
     except FoldRefused as refusal:
-        logger.warning("the key norm stays at run time: %s", refusal)
+        # The text, not the exception: whoever keeps log records would keep the caches of the frames behind it alive.
+        logger.warning("the key norm stays at run time: %s", str(refusal))
         return 0
     marked = 0
     for append, parameters in zip(appends, projected, strict=True):
