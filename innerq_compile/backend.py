@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from innerq_compile.compat import pytorch
 from innerq_compile.config import PRESETS, InnerQConfig
 from innerq_compile.live_caches import keeps_in_16_bits
 from innerq_compile.overflow import checked
@@ -79,12 +80,10 @@ def innerq(
         compiled: Callable[..., Any] = gm.forward
     else:
         register_kernels()
-        from torch._inductor.compile_fx import compile_fx  # here: a second of imports that only compiling needs
-
         from innerq_compile.kernels.triton.analysis import analyses_remembered
 
         with analyses_remembered():
-            compiled = compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[assignment]
+            compiled = pytorch.compile_with_inductor(gm, example_inputs, patches)
     if appends:
         compiled = checked(compiled, appends)
     return watched(compiled, buffers) if buffers else compiled
@@ -128,7 +127,7 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     Raises:
         ValueError: An unknown mode.
     """
-    modes = torch._inductor.list_mode_options()
+    modes = pytorch.inductor_modes()
     if mode is not None and mode not in modes:
         raise ValueError(f"mode must be one of {', '.join(modes)}, got {mode!r}")
     return dict(modes[mode]) if mode else {}
@@ -150,7 +149,7 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
             own[key] = value
         else:
             inductor[key.replace("-", "_")] = value
-    unknown = sorted(set(inductor) - set(torch._inductor.config.get_config_copy())) if inductor else []
+    unknown = sorted(set(inductor) - pytorch.inductor_options()) if inductor else []
     if unknown:
         raise ValueError(
             f"unknown options {unknown} for backend 'innerq'; its own are {sorted(OWN_OPTIONS)}, all others must be "
@@ -169,18 +168,14 @@ def register_kernels() -> None:
 def _needs_cpp_compiler(example_inputs: Sequence[Any]) -> bool:
     """Whether Inductor will generate C++ for this graph."""
     devices = {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)}
-    return devices <= {"cpu"} and torch._inductor.config.cpu_backend == "cpp"
+    return devices <= {"cpu"} and pytorch.inductor_writes_cpp()
 
 
 @functools.cache
 def cpp_compiler_works() -> bool:
     """Whether Inductor's C++ compiler builds a Python extension here, tried once per process on a one-line program."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        compiler = get_cpp_compiler()
-    except InvalidCxxCompiler:
+    compiler = pytorch.cpp_compiler()
+    if compiler is None:
         return False
     if sys.platform == "win32":
         return True

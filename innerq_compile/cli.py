@@ -215,13 +215,9 @@ def kernels() -> dict[str, str]:
 
 
 def _compiler() -> str:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
+    from innerq_compile.compat import pytorch
 
-    try:
-        return str(get_cpp_compiler())
-    except InvalidCxxCompiler:
-        return "absent"
+    return pytorch.cpp_compiler() or "absent"
 
 
 def _quiet_transformers() -> None:

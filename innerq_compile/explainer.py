@@ -13,6 +13,7 @@ from torch import fx
 from transformers import Cache, PreTrainedModel
 
 from innerq_compile.cache import InnerQCache
+from innerq_compile.compat.hf_transformers import attn_implementation
 from innerq_compile.passes import run_passes
 from innerq_compile.passes.capture_static_cache import capture_static_cache
 from innerq_compile.passes.dynamic_cache import find_dynamic_caches
@@ -111,5 +112,5 @@ def _advice(model: PreTrainedModel, cache: Cache) -> str:
         return "No layer of this model can be quantized; the reasons are above."
     return (
         f"{type(model).__name__} never read its cache as scaled_dot_product_attention does (attn_implementation="
-        f'{model.config._attn_implementation!r}); load it with attn_implementation="sdpa".'
+        f'{attn_implementation(model)!r}); load it with attn_implementation="sdpa".'
     )

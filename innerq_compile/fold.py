@@ -23,6 +23,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram, export
 
 from innerq_compile.calibration import WINDOW, token_windows
+from innerq_compile.compat.hf_transformers import attn_implementation, compiled_call, set_compiled_call
 from innerq_compile.folded import check_fingerprint, fingerprint, mark_of, set_mark
 from innerq_compile.live_caches import new_weights, weights_changed, weights_of
 from innerq_compile.passes.canonicalize import value_of
@@ -176,18 +177,18 @@ def _capture(model: nn.Module, calibration: Any) -> tuple[TracedGraph, list[dict
 @contextlib.contextmanager
 def _as_plain_forward(model: nn.Module) -> Iterator[None]:
     """For a while: evaluation mode, nothing compiled, and attention as one op, whatever the model was loaded with."""
-    training, compiled = model.training, getattr(model, "_compiled_call_impl", None)
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    training, compiled = model.training, compiled_call(model)
+    attention = attn_implementation(model)
     try:
         model.eval()
-        model._compiled_call_impl = None
+        set_compiled_call(model, None)
         if attention not in (None, "sdpa"):
             with contextlib.suppress(ValueError):  # a model without sdpa: the pass will find no attention and say so
                 model.set_attn_implementation("sdpa")  # type: ignore[operator]
         yield
     finally:
         model.train(training)
-        model._compiled_call_impl = compiled
+        set_compiled_call(model, compiled)
         if attention not in (None, "sdpa"):
             model.set_attn_implementation(attention)  # type: ignore[operator]
 

@@ -13,6 +13,13 @@ from transformers import CompileConfig, DynamicCache, PreTrainedModel
 
 from innerq_compile.backend import mode_options
 from innerq_compile.cache import InnerQCache
+from innerq_compile.compat.hf_transformers import (
+    CACHE_HOOK,
+    compile_on_every_device,
+    compiled_call,
+    forget_compiled,
+    set_compiled_call,
+)
 from innerq_compile.folded import check_folded, mark_of
 from innerq_compile.live_caches import new_weights, weights_changed
 from innerq_compile.passes.fold_captured import unfold_captured
@@ -27,7 +34,6 @@ not, what lies between is not known."""
 
 _SWITCH = "_innerq_switch"
 _FOLD = "_innerq_fold"
-_HOOK = "_prepare_cache_for_generation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +94,14 @@ def enable(
         options |= {"key_norm": "folded", "fold_id": getattr(model, _FOLD)}
     else:
         _unfold(model, "enable()")
-    switch = _Switch(model._compiled_call_impl, model.generation_config.compile_config)
-    compile_config = CompileConfig(backend="innerq", mode=None, options=options)
-    # Otherwise generate() warns, on a CPU, that it will not compile what is compiled already.
-    compile_config._compile_all_devices = True
-    model.generation_config.compile_config = compile_config
+    switch = _Switch(compiled_call(model), model.generation_config.compile_config)
+    # On every device: generate() would warn, on a CPU, that it will not compile what is compiled already.
+    model.generation_config.compile_config = compile_on_every_device(
+        CompileConfig(backend="innerq", mode=None, options=options)
+    )
     model.compile(backend="innerq", options=options)
-    prepare = getattr(model, _HOOK)
-    setattr(model, _HOOK, functools.partial(_prepare_cache, prepare, make_cache, max_cache_len))
+    prepare = getattr(model, CACHE_HOOK)
+    setattr(model, CACHE_HOOK, functools.partial(_prepare_cache, prepare, make_cache, max_cache_len))
     setattr(model, _SWITCH, switch)
     return model
 
@@ -125,18 +131,18 @@ def _put_back(model: PreTrainedModel) -> None:
     switch: _Switch | None = getattr(model, _SWITCH, None)
     if switch is not None:
         model.generation_config.compile_config = switch.compile_config
-        # The last two: where generate() keeps the compiled decode step of its last compile_config.
-        for name in (_HOOK, _SWITCH, "_compiled_call_impl", "_compiled_call", "_last_compile_config"):
+        for name in (CACHE_HOOK, _SWITCH):
             model.__dict__.pop(name, None)
+        forget_compiled(model)
         if switch.compiled_call is not None:
-            model._compiled_call_impl = switch.compiled_call
+            set_compiled_call(model, switch.compiled_call)
 
 
 def _check_model(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         hint = "; pass the model that torch.compile() was given" if hasattr(model, "_orig_mod") else ""
         raise TypeError(f"enable() needs a transformers model that can generate(), got {type(model).__name__}{hint}")
-    if model.config.is_encoder_decoder or not hasattr(model, _HOOK):
+    if model.config.is_encoder_decoder or not hasattr(model, CACHE_HOOK):
         raise TypeError(f"enable() needs a decoder-only model, got {type(model).__name__}")
 
 

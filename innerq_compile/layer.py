@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from innerq_compile import ops, reference
+from innerq_compile.compat import pytorch
 from innerq_compile.config import InnerQConfig
 from innerq_compile.held_tensors import may_be_changed_anywhere
 from innerq_compile.layout import PADS, SLOTS, LayerState, allocate_state, state_bytes
@@ -296,7 +297,7 @@ def _mark_static(state: LayerState) -> None:
     # A fixed address spares Dynamo a guard and lets CUDA graphs mutate the buffer. Not allowed while tracing.
     if not torch.compiler.is_compiling():
         for buffer in state:
-            torch._dynamo.mark_static_address(buffer)
+            pytorch.mark_static_address(buffer)
 
 
 _told: set[str] = set()

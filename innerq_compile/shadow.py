@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from innerq_compile import ops
+from innerq_compile.compat import pytorch
 from innerq_compile.config import InnerQConfig
 from innerq_compile.layout import LayerState, allocate_state
 
@@ -151,7 +152,12 @@ def _can_be_watched(key_buffer: torch.Tensor, value_buffer: torch.Tensor) -> boo
 
 def _fingerprint(key_buffer: torch.Tensor, value_buffer: torch.Tensor) -> tuple[int, ...]:
     """Changes with every write that PyTorch counts."""
-    return key_buffer.data_ptr(), value_buffer.data_ptr(), key_buffer._version, value_buffer._version
+    return (
+        key_buffer.data_ptr(),
+        value_buffer.data_ptr(),
+        pytorch.version_of(key_buffer),
+        pytorch.version_of(value_buffer),
+    )
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin, StaticLayer, StaticSlidingWindowLayer
 
+from innerq_compile.compat import pytorch
 from innerq_compile.held_tensors import may_be_changed_anywhere, tensors_of
 from innerq_compile.ops import overflow_error
 from innerq_compile.room import check_room
@@ -50,7 +51,7 @@ def resize(layer: StaticLayer, capacity: int, window: int | None) -> None:
                 new = old.new_zeros((*old.shape[:2], size, old.shape[3]))
             new[:, :, : old.shape[2]] = old
             setattr(layer, name, new)
-            torch._dynamo.mark_static_address(new)
+            pytorch.mark_static_address(new)
         if window is not None:  # transformers stops counting in the tensor when the layer gets full
             layer.cumulative_length.fill_(layer.cumulative_length_int)
     if not is_allocated(layer) or size > layer.max_cache_len:
@@ -76,7 +77,7 @@ def select_rows(layer: StaticLayer, indices: torch.Tensor) -> None:
         for name in ("keys", "values"):
             with may_be_changed_anywhere():
                 setattr(layer, name, getattr(layer, name)[indices.to(layer.device)])
-            torch._dynamo.mark_static_address(getattr(layer, name))
+            pytorch.mark_static_address(getattr(layer, name))
         layer.batch_size = layer.keys.shape[0]
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from innerq_compile.compat.pytorch import HigherOrderOperator, OpOverload, OpOverloadPacket, schema_of
 from innerq_compile.passes.canonicalize import value_of
 
 _CASTS = frozenset(
@@ -119,10 +120,10 @@ def _effect(node: fx.Node) -> tuple[tuple[fx.Node, ...] | None, tuple[fx.Node, .
         first = tuple(source for source in inputs[:1] if source is node.args[0])
         return first, first
     name, packet = _named(node)
-    if isinstance(node.target, torch._ops.OpOverload):
-        schemas = [node.target._schema]
+    if isinstance(node.target, OpOverload):
+        schemas = [schema_of(node.target)]
     elif packet is not None:
-        schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
+        schemas = [schema_of(getattr(packet, overload)) for overload in packet.overloads()]
     elif name in _ITSELF:
         schemas = []
     elif node.target in _PURE:
@@ -164,9 +165,9 @@ def _said_by(schemas: Iterable[Any], node: fx.Node) -> tuple[set[fx.Node], set[f
 def _named(node: fx.Node) -> tuple[str, Any]:
     """The bare name of what a node calls, and the ATen op of that name if torch itself is what is called."""
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[-1], None
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverload):
+        return schema_of(target).name.split("::")[-1], None
+    if isinstance(target, OpOverloadPacket):
         return target.__name__, target
     if node.op == "call_method":
         name = "to" if target in _CASTS else str(target)
@@ -179,7 +180,7 @@ def _named(node: fx.Node) -> tuple[str, Any]:
 
 def _is_torchs(target: Any) -> bool:
     """Whether a function is one of torch's or Python's own: a user's function called ``reshape`` may do anything."""
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return False
     owner = getattr(target, "__module__", None)
     return owner is None or owner in {"_operator", "builtins"} or owner.split(".")[0] == "torch"

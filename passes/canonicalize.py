@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from innerq_compile.compat.pytorch import OpOverload, OpOverloadPacket, assert_tensor_metadata, schema_of
 from innerq_compile.ops import NAMESPACE
 
 ATTENTION = "scaled_dot_product_attention"
@@ -23,7 +24,7 @@ ATTENTION = "scaled_dot_product_attention"
 SAME = frozenset({"alias", "clone", "contiguous", "detach", "expand", "reshape", "slice", "to", "view"})
 """Ops that return their input unchanged whenever shape and dtype of the result are those of the input."""
 
-ASSERTION = torch.ops.aten._assert_tensor_metadata.default
+ASSERTION = assert_tensor_metadata
 """What torch.export leaves before a cast: that the dtype is the one it saw."""
 
 _FUNCTIONS = {
@@ -41,7 +42,7 @@ _ATEN_NAMES = {"_to_copy": "to", "_unsafe_view": "view", "_softmax": "softmax"}
 def canonicalize(graph: fx.Graph) -> None:
     """Makes every ``torch.ops.innerq.x`` a ``torch.ops.innerq.x.default``, the form that the passes compare with."""
     for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverloadPacket) and str(node.target).startswith(f"{NAMESPACE}."):
+        if isinstance(node.target, OpOverloadPacket) and str(node.target).startswith(f"{NAMESPACE}."):
             node.target = node.target.default
 
 
@@ -50,8 +51,8 @@ def op_name(node: fx.Node) -> str:
     target: Any = node.target
     if node.op == "call_method":
         return str(target)
-    if isinstance(target, torch._ops.OpOverload):
-        namespace, name = target._schema.name.split("::")
+    if isinstance(target, OpOverload):
+        namespace, name = schema_of(target).name.split("::")
         return _ATEN_NAMES.get(name, name) if namespace == "aten" else f"{namespace}::{name}"
     if node.op == "call_function":
         # Only torch's own functions go by their bare name: a user's function called "reshape" may do anything.

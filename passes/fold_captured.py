@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from innerq_compile import ops
+from innerq_compile.compat.pytorch import FakeTensor
 from innerq_compile.config import InnerQConfig
 from innerq_compile.live_caches import filled_caches
 from innerq_compile.passes.canonicalize import value_of

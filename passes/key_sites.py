@@ -6,10 +6,10 @@ import dataclasses
 import operator
 from collections.abc import Iterator
 
-import torch
 from torch import fx
 
 from innerq_compile import ops
+from innerq_compile.compat.pytorch import OpOverload, schema_of
 from innerq_compile.passes.canonicalize import AttentionCall, read_attention, repeats_heads
 from innerq_compile.passes.match import module_path
 
@@ -84,8 +84,8 @@ def base_name(node: fx.Node) -> str:
     """What a node does, without the overload: ``mul`` for ``torch.mul``, ``x.mul`` and ``aten.mul.Tensor``."""
     if node.op not in {"call_function", "call_method"}:
         return node.op
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[-1]
+    if isinstance(node.target, OpOverload):
+        return schema_of(node.target).name.split("::")[-1]
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 

@@ -193,7 +193,7 @@ def _contenders(model: PreTrainedModel, settings: DemoSettings, presets: list[st
 @contextmanager
 def _prepared(model: PreTrainedModel, contender: Contender) -> Iterator[None]:
     """Compiles the model for one contender, and undoes it: compiled graphs of another cache would be tried first."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     if contender.prepare is not None:
         contender.prepare(model)
     try:

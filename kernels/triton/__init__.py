@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from innerq_compile import ops
+from innerq_compile.compat import pytorch
 from innerq_compile.layout import LayerState
 
 __all__ = ["description", "register_decompositions", "unavailable"]
@@ -33,11 +34,10 @@ _libraries: list[torch.library.Library] = []  # a registration lasts as long as 
 @functools.cache
 def register_decompositions() -> None:
     """Lets AOTAutograd see kernels in place of ops; a second call does nothing. Imports much, as compiling does."""
-    from torch._subclasses.functional_tensor import FunctionalTensorMode
-
+    mode = pytorch.functional_tensor_mode()
     library = torch.library.Library(ops.NAMESPACE, "IMPL")
     for name in OPS:
-        torch.library.register_torch_dispatch(f"{ops.NAMESPACE}::{name}", FunctionalTensorMode, decompose, lib=library)
+        torch.library.register_torch_dispatch(f"{ops.NAMESPACE}::{name}", mode, decompose, lib=library)
     _libraries.append(library)
 
 
@@ -65,10 +65,8 @@ def description() -> str:
 
 def decompose(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
     """Replaces an op on a GPU by its kernels while AOTAutograd traces; elsewhere, and in torch.export, keeps it."""
-    from torch.export._trace import custom_triton_ops_decomposition_disabled
-
     name = op.name().split("::")[1].split(".")[0]
-    if not is_on_gpu(args) or custom_triton_ops_decomposition_disabled() or unavailable() or not _serves(name, args):
+    if not is_on_gpu(args) or pytorch.exports_keep_triton_ops() or unavailable() or not _serves(name, args):
         return mode.__torch_dispatch__(op, types, args, kwargs or {})
     with mode:
         return _launcher(name)(*args, **(kwargs or {}), launch=record)
