@@ -16,6 +16,8 @@ from innerq_compile.folded import mark_of
 from innerq_compile.layer import MIN_CAPACITY, InnerQLayer
 from innerq_compile.layout import unsupported_head_dim
 from innerq_compile.padding import ask, leading_pads, watch_masks
+from innerq_compile.per_layer import config_of_layer, setting
+from innerq_compile.refused import Refused, first_line
 from innerq_compile.rope import head_dim_of, rope_pairs_of
 from innerq_compile.storage import load_layers, read_header, save_layers
 
@@ -38,6 +40,7 @@ class InnerQCache(Cache):
 
     Raises:
         ValueError: Unknown preset or setting, one out of range, or ``key_norm="folded"`` for a model that is not.
+        Refused: A model without layers that a cache of fixed length fits. A ``ValueError`` too.
     """
 
     def __init__(
@@ -57,11 +60,11 @@ class InnerQCache(Cache):
             self.config = dataclasses.replace(self.config, rope_pairs=rope_pairs_of(text_config))
         # transformers knows which layer is of which kind; only its plain full-attention layers are replaced.
         fixed_len = max_cache_len or getattr(text_config, "max_position_embeddings", None) or MIN_CAPACITY
-        template = StaticCache(config=config, max_cache_len=fixed_len)
+        template = _layers_of_transformers(config, fixed_len)
         self.unquantized: dict[int, str] = {}
         layers: list[CacheLayerMixin] = []
         for index, layer in enumerate(template.layers):
-            reason = _why_not_quantized(layer, text_config, self.config)
+            reason = _why_not_quantized(layer, config_of_layer(text_config, index), self.config)
             if reason:
                 self.unquantized[index] = reason
                 layers.append(layer)
@@ -185,12 +188,27 @@ class InnerQCache(Cache):
         return total
 
 
+def _layers_of_transformers(config: PreTrainedConfig, max_cache_len: int) -> StaticCache:
+    """One layer for each of the model's: of the kind that transformers itself would decode from, at a fixed length."""
+    if "local" in (getattr(config.get_text_config(decoder=True), "attention_layers", None) or ()):
+        # GPT-Neo's code, and the one fact about it that its configuration tells.
+        raise Refused(
+            config.model_type,
+            "its local attention layers count their window from the end of the buffer, wherever the tokens end",
+        )
+    try:
+        return StaticCache(config=config, max_cache_len=max_cache_len)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"transformers has no cache of fixed length for it ({first_line(error)})"
+        raise Refused(config.model_type, reason) from error
+
+
 def _facts_of(config: PreTrainedConfig) -> dict[str, Any]:
     """What two models must have in common to read each other's caches, in JSON types; their weights aside."""
     text_config = config.get_text_config(decoder=True)
     names = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
     mark = mark_of(config)
-    facts = {name: getattr(text_config, name, None) for name in names}
+    facts = {name: setting(text_config, name) for name in names}
     return {**facts, "folded key norm": None if mark is None else json.loads(json.dumps(dict(mark)))}
 
 

@@ -12,6 +12,8 @@ from transformers import CompileConfig, DynamicCache, PreTrainedModel
 from innerq_compile.backend import mode_options
 from innerq_compile.cache import InnerQCache
 from innerq_compile.folded import check_folded, mark_of
+from innerq_compile.self_check import self_check
+from innerq_compile.support import decoder_of, refuse_unsupported
 
 MIN_CAPACITY = 512
 CAPACITIES_PER_DOUBLING = 8
@@ -36,13 +38,15 @@ def enable(
     max_cache_len: int | None = None,
     exact: bool = False,
     mode: str | None = None,
+    check: bool = True,
     **overrides: Any,
 ) -> PreTrainedModel:
     """Makes ``model.generate()`` decode from a quantized KV cache, compiled by the ``innerq`` backend.
 
     The model is compiled in place, its ``generation_config`` names the backend, and :class:`InnerQCache` becomes the
     cache that ``generate()`` uses when it is given none. ``past_key_values``, ``use_cache=False`` and
-    ``cache_implementation`` keep their meaning. A second call replaces the first one's settings.
+    ``cache_implementation`` keep their meaning. A second call replaces the first one's settings. Of a PEFT model the
+    model inside is enabled, with its adapters.
 
     Args:
         preset: Settings of the cache, see :data:`innerq_compile.config.PRESETS`.
@@ -50,6 +54,8 @@ def enable(
             capacities ever compile.
         exact: Forbids kernels to round queries and probabilities (on a CPU to integers, on a GPU to float16).
         mode: One of Inductor's modes, ``"reduce-overhead"`` for instance.
+        check: Decodes a few tokens first and refuses a model that computes something else over such a cache, see
+            :func:`innerq_compile.self_check.self_check`. It costs about five short forwards.
         **overrides: Single settings of :class:`~innerq_compile.config.InnerQConfig`. ``key_norm="folded"`` folds the
             key norm into the weights with the first prompt, in place, unless
             :func:`~innerq_compile.fold_key_norm` did it before.
@@ -59,9 +65,11 @@ def enable(
 
     Raises:
         TypeError: A module that cannot ``generate()`` from a decoder cache.
+        Refused: A model that cannot decode from such a cache, with the reason. A ``ValueError`` too.
         ValueError: An unknown preset or setting, one out of range, or a key norm folded into other weights than these.
     """
-    _check_model(model)
+    given, model = model, decoder_of(model)
+    refuse_unsupported(model)
     check_folded(model)
     fold_later = overrides.get("key_norm") == "folded" and mark_of(model.config) is None
     if fold_later:
@@ -72,6 +80,8 @@ def enable(
         make_cache(max_cache_len=max_cache_len)
     # torch.compile takes a mode or options, not both, so the mode is spelled out as options.
     options = {"exact": exact, **({"key_norm": "folded"} if fold_later else {}), **mode_options(mode)}
+    if check:
+        self_check(model, make_cache)
 
     disable(model)
     switch = _Switch(model._compiled_call_impl, model.generation_config.compile_config)
@@ -83,11 +93,12 @@ def enable(
     prepare = getattr(model, _HOOK)
     setattr(model, _HOOK, functools.partial(_prepare_cache, prepare, make_cache, max_cache_len))
     setattr(model, _SWITCH, switch)
-    return model
+    return given
 
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
     """Puts back what :func:`enable` replaced; does nothing to a model that was never enabled. Returns the model."""
+    given, model = model, decoder_of(model)
     switch: _Switch | None = getattr(model, _SWITCH, None)
     if switch is not None:
         model.generation_config.compile_config = switch.compile_config
@@ -96,15 +107,7 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
             model.__dict__.pop(name, None)
         if switch.compiled_call is not None:
             model._compiled_call_impl = switch.compiled_call
-    return model
-
-
-def _check_model(model: PreTrainedModel) -> None:
-    if not isinstance(model, PreTrainedModel) or not model.can_generate():
-        hint = "; pass the model that torch.compile() was given" if hasattr(model, "_orig_mod") else ""
-        raise TypeError(f"enable() needs a transformers model that can generate(), got {type(model).__name__}{hint}")
-    if model.config.is_encoder_decoder or not hasattr(model, _HOOK):
-        raise TypeError(f"enable() needs a decoder-only model, got {type(model).__name__}")
+    return given
 
 
 def _prepare_cache(

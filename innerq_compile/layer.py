@@ -6,7 +6,9 @@ ops; this file only decides which op a call needs and keeps the buffers.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -252,6 +254,17 @@ def _round_up(num_tokens: int) -> int:
 
 
 _told: set[str] = set()
+
+
+@contextlib.contextmanager
+def told_nothing() -> Iterator[None]:
+    """Keeps the hints below to itself, for a decode that no user asked for; a later one is still told."""
+    before = set(_told)
+    _told.update(("uncompiled", "padding"))
+    try:
+        yield
+    finally:
+        _told.intersection_update(before)
 
 
 def _tell_once_that_decoding_is_uncompiled() -> None:
