@@ -24,7 +24,7 @@ CAPABILITY ?= 90
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).0
 OLDEST_TRITON := 3.6.0
 OLDEST_FOLDER := $(VENV)/transformers-$(OLDEST)-triton-$(OLDEST_TRITON)
-OLDEST_TESTS := $(addprefix tests/test_, backend.py cache.py generation.py padding.py passes.py storage.py \
+OLDEST_TESTS := $(addprefix tests/test_, backend.py cache.py generation.py padding.py passes.py refusals.py storage.py \
 	support_matrix.py tensor_parallel.py ways_in.py fold_key_norm.py triton_kernels.py triton_attention.py \
 	triton_division.py triton_tiles.py triton_registration.py lowering.py ptx_emulator.py)
 
@@ -74,8 +74,8 @@ tables: $(STAMP) ## write the measured tables and the plot into the documents fr
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt matplotlib
 	$(BIN)/python benchmarks/render.py
 
-matrix: $(STAMP) ## run a tiny model of every family, compiled and not, and renew the README's table
-	$(BIN)/python -P benchmarks/support_matrix.py --write
+matrix: $(STAMP) ## run a tiny model of every family and renew docs/models.md (ARGS="--family mamba": only that one)
+	$(BIN)/python benchmarks/support_matrix.py --write $(ARGS)
 
 sass: $(STAMP) ## compile the Triton kernels for four GPUs, without one, count their instructions and what these allow
 	$(BIN)/python -P benchmarks/sass $(ARGS)

@@ -3,7 +3,8 @@
 For each model: how many layers are quantized and why the others are not; how many attention sites are rewritten for
 each ``attn_implementation``, and why not; whether ``enable(model, exact=True)`` generates the tokens of the uncompiled
 model; and whether its logits stay within twice the error that the uncompiled model makes against float64, over the same
-codes, plus one rounding of the largest logit. The result is a JSON file and the table in the README.
+codes, plus one rounding of the largest logit. Then every family that transformers knows, not compiled: see
+``family_sweep.py``. The result is a JSON file and the tables in docs/models.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
+import families
+import family_sweep
 import torch
 import typer
 from tabulate import tabulate
@@ -28,8 +31,9 @@ from innerq_compile.cli import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "support_matrix.json"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- support matrix: make matrix -->", "<!-- end of the support matrix -->"
+DOCUMENT = ROOT / "docs" / "models.md"
+MATRIX, FAMILIES = "support matrix", "every family"
+"""Names of the two tables in the document, see :func:`shown`."""
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 PROMPT, NEW_TOKENS, CAPACITY = 200, 160, 512
@@ -260,7 +264,7 @@ def to_double(cache: InnerQCache) -> None:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The rows as the README shows them."""
+    """The rows as docs/models.md shows them."""
     lines = []
     for row in rows:
         rewritten = [
@@ -285,28 +289,62 @@ def table(rows: Iterable[Row]) -> str:
 
 def load() -> list[Row]:
     """The rows of the committed result."""
-    rows = json.loads(RESULT.read_text(encoding="utf-8"))["rows"]
+    rows = _result()["rows"]
     return [Row(**{**row, "sites": {name: Sites(**sites) for name, sites in row["sites"].items()}}) for row in rows]
+
+
+def load_families() -> list[family_sweep.Family]:
+    """The families of the committed result."""
+    return [family_sweep.Family(**family) for family in _result()["families"]]
+
+
+def document(text: str, rows: Iterable[Row], swept: Iterable[family_sweep.Family]) -> str:
+    """docs/models.md with its tables renewed."""
+    swept = list(swept)
+    tables = {MATRIX: table(rows), FAMILIES: f"{family_sweep.summary(swept)}\n\n{family_sweep.table(swept)}"}
+    for name, lines in tables.items():
+        begin, end = f"<!-- {name}: make matrix -->", f"<!-- end of {name} -->"
+        pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+        text = pattern.sub(lambda _, block=f"{begin}\n{lines}\n{end}": block, text)  # type: ignore[misc]
+    return text
+
+
+def _result() -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8"))
+    return result
 
 
 def main(
     models: Annotated[list[str], typer.Option("--model", help="A row of the table; may be repeated.")] = [],  # noqa: B006 typer reads it once
-    compiled: Annotated[bool, typer.Option(help="Also compile each model and compare.")] = True,
-    write: Annotated[bool, typer.Option(help="Store the result and put the table into the README.")] = False,
+    types: Annotated[list[str], typer.Option("--family", help="A model type of the sweep; may be repeated.")] = [],  # noqa: B006
+    compiled: Annotated[bool, typer.Option(help="Also compile each model of the table and compare.")] = True,
+    write: Annotated[bool, typer.Option(help="Store the results and put the tables into docs/models.md.")] = False,
 ) -> None:
-    """Prints the table, and stores it with --write."""
+    """Prints the tables, all of them unless models or families are named, and stores with --write what was run."""
+    named = bool(models or types)
     rows = []
-    for name in tqdm(models or MODELS, disable=None):
+    for name in tqdm(models or (() if named else MODELS), disable=None):
         row = survey(name)
         rows.append(compare(row) if compiled else row)
+    swept = [family_sweep.survey(name) for name in tqdm(types or (() if named else families.MODEL_TYPES), disable=None)]
     if write:
-        result = {"environment": environment(), "rows": [dataclasses.asdict(row) for row in rows]}
+        old_rows, old_families = ({}, {}) if not named else (_by_name(load()), _by_name(load_families()))
+        all_rows = {**old_rows, **_by_name(rows)}
+        all_families = dict(sorted({**old_families, **_by_name(swept)}.items()))
+        result = {
+            "environment": environment(),
+            "rows": [dataclasses.asdict(row) for row in all_rows.values()],
+            "families": [dataclasses.asdict(family) for family in all_families.values()],
+        }
         RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-        text = README.read_text(encoding="utf-8")
-        README.write_text(pattern.sub(lambda _: f"{BEGIN}\n{table(rows)}\n{END}", text), encoding="utf-8")
-    print(table(rows))
-    print(json.dumps([dataclasses.asdict(row) for row in rows]))
+        text = DOCUMENT.read_text(encoding="utf-8")
+        DOCUMENT.write_text(document(text, all_rows.values(), all_families.values()), encoding="utf-8")
+    print(table(rows), family_sweep.table(swept), sep="\n\n")
+    print(json.dumps([dataclasses.asdict(one) for one in (*rows, *swept)]))
+
+
+def _by_name(entries: Iterable[Any]) -> dict[str, Any]:
+    return {getattr(entry, "model", None) or entry.model_type: entry for entry in entries}
 
 
 if __name__ == "__main__":

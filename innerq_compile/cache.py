@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from transformers import PreTrainedConfig, StaticCache
@@ -12,17 +13,20 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 from innerq_compile import sixteen_bit
 from innerq_compile.config import InnerQConfig
-from innerq_compile.facts import facts_of, longest_cache
+from innerq_compile.facts import facts_of
 from innerq_compile.folded import mark_of
 from innerq_compile.held_tensors import leave_inference_mode, may_be_changed_anywhere, replace_tensors
 from innerq_compile.layer import NO_OFFLOADING, InnerQLayer, cast_exactly
-from innerq_compile.layout import LayerState, unsupported_head_dim
+from innerq_compile.layer_choice import layers_of_transformers, why_not_quantized
+from innerq_compile.layout import LayerState
 from innerq_compile.live_caches import OwnConfig, register, take_back
 from innerq_compile.overflow import check_nothing_lost, check_room
 from innerq_compile.padding import ask, leading_pads, watch_masks
+from innerq_compile.per_layer import config_of_layer
 from innerq_compile.room import MIN_CAPACITY, check_tokens, first_capacity, grown_capacity
-from innerq_compile.rope import head_dim_of, rope_pairs_of
-from innerq_compile.storage import fill_layers, read_header, read_layers, save_layers
+from innerq_compile.rope import rope_pairs_of
+from innerq_compile.saved import read_cache
+from innerq_compile.storage import fill_layers, save_layers
 
 
 class InnerQCache(Cache):
@@ -46,6 +50,7 @@ class InnerQCache(Cache):
 
     Raises:
         ValueError: Unknown preset or setting, one out of range, or ``key_norm="folded"`` for a model that is not.
+        Refused: A model without layers that a cache of fixed length fits. A ``ValueError`` too.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -77,12 +82,12 @@ class InnerQCache(Cache):
             self.config = dataclasses.replace(self.config, rope_pairs=rope_pairs_of(text_config))
         # transformers knows which layer is of which kind; only its plain full-attention layers are replaced.
         with may_be_changed_anywhere():
-            template = StaticCache(config=config, max_cache_len=sixteen_bit.UNBOUNDED)
+            template = layers_of_transformers(config, sixteen_bit.UNBOUNDED)
         self.unquantized: dict[int, str] = {}
         self._windows: dict[int, int | None] = {}  # of the 16-bit layers whose capacity follows that of the cache
         layers: list[CacheLayerMixin] = []
         for index, layer in enumerate(template.layers):
-            reason = _why_not_quantized(layer, text_config, self.config)
+            reason = why_not_quantized(layer, config_of_layer(text_config, index), self.config)
             if reason:
                 self.unquantized[index] = reason
                 layers.append(layer)
@@ -312,44 +317,12 @@ class InnerQCache(Cache):
                 norm, or holds more tokens than ``max_cache_len``. That the weights are the same nobody can check.
             OSError: It cannot be read.
         """
-        if max_cache_len is not None:
-            check_tokens("max_cache_len", max_cache_len, "a positive integer or None")
-        header = read_header(path)
-        settings, model = header.get("settings"), header.get("model")
-        if not isinstance(settings, dict) or not isinstance(model, dict):
-            raise ValueError(f"{path} has a damaged header: settings and model must be objects")
-        facts = facts_of(config)
-        for name in sorted({*facts, *model}):
-            if facts.get(name) != model.get(name):
-                raise ValueError(
-                    f"{path} was saved for another model: its {name} is {model.get(name)!r}, that of this "
-                    f"configuration {facts.get(name)!r}"
-                )
-        capacity = header.get("max_cache_len") if max_cache_len is None else max_cache_len
-        longest = longest_cache(config)
-        try:
-            settings = InnerQConfig.from_options(settings)
-            cache = cls(config, max_cache_len=capacity, **settings.options)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} has a damaged header: {error}") from error
-        if settings.sink + settings.ring > longest:
-            raise ValueError(f"{path} has windows of {settings.sink + settings.ring} tokens, more than {longest}")
-        saved = read_layers(path, header, cache.layers)
-        longest = max(longest, 2 * saved.capacity)
-        if max_cache_len is None and capacity is not None and capacity > longest:
-            raise ValueError(
-                f"{path} asks for a capacity of {capacity} tokens, more than {longest}, twice what the model or its "
-                f"{saved.tokens} tokens need; load it with a max_cache_len of your own"
-            )
-        if capacity is not None and saved.capacity > capacity:
-            needs = "" if saved.capacity == saved.tokens else f" (packed like these they need {saved.capacity})"
-            raise ValueError(f"{path}: it holds {saved.tokens} tokens, more than the capacity of {capacity}{needs}")
-        cache.grows_per_call = capacity is None or (max_cache_len is None and header.get("grows_per_call") is True)
-        if saved.tokens and capacity is None:
+        cache, saved = read_cache(functools.partial(cls, config), path, config, max_cache_len)
+        if saved.tokens and cache.max_cache_len is None:
             cache._resize(max(cache._capacity, grown_capacity(0, saved.capacity)))
         fill_layers(saved, cache.layers, device)
         cache._awaits_first_tokens = not saved.tokens
-        return cache
+        return cast(Self, cache)
 
     def _grow_for(self, num_new: int) -> None:
         """Makes room in a growing cache, or only chooses the size of one that has no buffers yet."""
@@ -424,11 +397,3 @@ def _with_folded_norm(config: PreTrainedConfig, overrides: dict[str, Any]) -> di
             "call innerq_compile.fold_key_norm(model, calibration) first"
         )
     return overrides
-
-
-def _why_not_quantized(layer: CacheLayerMixin, text_config: PreTrainedConfig, config: InnerQConfig) -> str | None:
-    if type(layer) is not StaticLayer:
-        return f"{type(layer).__name__} keeps its own 16-bit buffers"
-    if getattr(text_config, "kv_lora_rank", None):
-        return "latent attention: keys and values differ in shape"
-    return unsupported_head_dim(config, head_dim_of(text_config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import types
@@ -17,7 +18,10 @@ from innerq_compile.compat.hf_transformers import attn_implementation
 from innerq_compile.passes import run_passes
 from innerq_compile.passes.capture_static_cache import capture_static_cache
 from innerq_compile.passes.dynamic_cache import find_dynamic_caches
+from innerq_compile.refused import Refused
 from innerq_compile.report import LEFT, Report, SiteReport
+from innerq_compile.self_check import self_check
+from innerq_compile.support import decoder_of, refuse_unsupported
 
 PROMPT_TOKENS = 8
 
@@ -44,11 +48,20 @@ def explain(
         **overrides: Single settings of :class:`~innerq_compile.config.InnerQConfig`.
 
     Returns:
-        One entry per attention layer. Layers that keep 16-bit buffers are ``left``.
+        One entry per attention layer. Layers that keep 16-bit buffers are ``left``. Of a model that
+        :func:`~innerq_compile.enable` refuses, only the refusal.
 
     Raises:
+        TypeError: A module that cannot ``generate()`` from a decoder cache.
         ValueError: An unknown preset or setting, or one out of range.
     """
+    model = decoder_of(model)
+    if past_key_values is None:
+        try:
+            refuse_unsupported(model)
+            self_check(model, functools.partial(InnerQCache, model.config, preset=preset, **overrides))
+        except Refused as refusal:
+            return Report(note=f"enable() refuses this model: {refusal}")
     if input_ids is None:
         input_ids = torch.zeros(1, PROMPT_TOKENS, dtype=torch.long, device=model.device)
     ours = InnerQCache(model.config, preset=preset, max_cache_len=input_ids.shape[1] + 1, **overrides)

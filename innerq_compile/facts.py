@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from innerq_compile.folded import mark_of
+from innerq_compile.per_layer import setting
 from innerq_compile.room import MIN_CAPACITY
 
 
@@ -16,7 +17,7 @@ def facts_of(config: PreTrainedConfig) -> dict[str, Any]:
     text_config = config.get_text_config(decoder=True)
     names = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
     mark = mark_of(config)
-    facts = {name: getattr(text_config, name, None) for name in names}
+    facts = {name: setting(text_config, name) for name in names}
     return {**facts, "folded key norm": None if mark is None else json.loads(json.dumps(dict(mark)))}
 
 

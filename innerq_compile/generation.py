@@ -24,6 +24,8 @@ from innerq_compile.folded import check_folded, mark_of
 from innerq_compile.live_caches import new_weights, weights_changed
 from innerq_compile.passes.fold_captured import unfold_captured
 from innerq_compile.room import MIN_CAPACITY
+from innerq_compile.self_check import self_check
+from innerq_compile.support import decoder_of, refuse_unsupported
 
 CAPACITIES_PER_DOUBLING = 8
 """A cache that ``enable`` sizes is at most an eighth larger than its call needs, and few sizes ever compile."""
@@ -51,6 +53,7 @@ def enable(
     max_cache_len: int | None = None,
     exact: bool = False,
     mode: str | None = None,
+    check: bool = True,
     **overrides: Any,
 ) -> PreTrainedModel:
     """Makes ``model.generate()`` decode from a quantized KV cache, compiled by the ``innerq`` backend.
@@ -58,7 +61,7 @@ def enable(
     The model is compiled in place, its ``generation_config`` names the backend, and :class:`InnerQCache` becomes the
     cache that ``generate()`` uses when it is given none. ``past_key_values``, ``use_cache=False`` and
     ``cache_implementation`` keep their meaning: a ``StaticCache`` stays in 16 bits. A second call replaces the first
-    one's settings.
+    one's settings. Of a PEFT model the model inside is enabled, with its adapters.
 
     Args:
         preset: Settings of the cache, see :data:`innerq_compile.config.PRESETS`.
@@ -66,6 +69,8 @@ def enable(
             capacities ever compile.
         exact: Forbids kernels to round queries and probabilities (on a CPU to integers, on a GPU to float16).
         mode: One of Inductor's modes, ``"reduce-overhead"`` for instance.
+        check: Decodes a few tokens first and refuses a model that computes something else over such a cache, see
+            :func:`innerq_compile.self_check.self_check`. It costs about five short forwards.
         **overrides: Single settings of :class:`~innerq_compile.config.InnerQConfig`. ``key_norm="folded"`` folds the
             key norm into the weights with the first prompt, in place, until :func:`disable` puts them back, unless
             :func:`~innerq_compile.fold_key_norm` did it before.
@@ -75,9 +80,11 @@ def enable(
 
     Raises:
         TypeError: A module that cannot ``generate()`` from a decoder cache.
+        Refused: A model that cannot decode from such a cache, with the reason. A ``ValueError`` too.
         ValueError: An unknown preset or setting, one out of range, or a key norm folded into other weights than these.
     """
-    _check_model(model)
+    given, model = model, decoder_of(model)
+    refuse_unsupported(model)
     check_folded(model)
     fold_later = overrides.get("key_norm") == "folded" and mark_of(model.config) is None
     if fold_later:
@@ -88,6 +95,8 @@ def enable(
         make_cache(max_cache_len=max_cache_len)
     # torch.compile takes a mode or options, not both, so the mode is spelled out as options.
     options = {"exact": exact, "static_cache": "off", **mode_options(mode)}
+    if check:
+        self_check(model, make_cache)
     _put_back(model)
     if fold_later:
         setattr(model, _FOLD, getattr(model, _FOLD, next(_fold_ids)))
@@ -103,7 +112,7 @@ def enable(
     prepare = getattr(model, CACHE_HOOK)
     setattr(model, CACHE_HOOK, functools.partial(_prepare_cache, prepare, make_cache, max_cache_len))
     setattr(model, _SWITCH, switch)
-    return model
+    return given
 
 
 _fold_ids = itertools.count(1)
@@ -116,8 +125,9 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     filled with the folded ones refuses to be used. What :func:`~innerq_compile.fold_key_norm` did stays: its handle
     has ``restore()``.
     """
-    _put_back(model)
-    _unfold(model, "disable()")
+    decoder = decoder_of(model)
+    _put_back(decoder)
+    _unfold(decoder, "disable()")
     return model
 
 
@@ -136,14 +146,6 @@ def _put_back(model: PreTrainedModel) -> None:
         forget_compiled(model)
         if switch.compiled_call is not None:
             set_compiled_call(model, switch.compiled_call)
-
-
-def _check_model(model: PreTrainedModel) -> None:
-    if not isinstance(model, PreTrainedModel) or not model.can_generate():
-        hint = "; pass the model that torch.compile() was given" if hasattr(model, "_orig_mod") else ""
-        raise TypeError(f"enable() needs a transformers model that can generate(), got {type(model).__name__}{hint}")
-    if model.config.is_encoder_decoder or not hasattr(model, CACHE_HOOK):
-        raise TypeError(f"enable() needs a decoder-only model, got {type(model).__name__}")
 
 
 def _prepare_cache(

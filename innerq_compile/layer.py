@@ -6,9 +6,10 @@ ops; this file only decides which op a call needs and keeps the buffers.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -301,6 +302,17 @@ def _mark_static(state: LayerState) -> None:
 
 
 _told: set[str] = set()
+
+
+@contextlib.contextmanager
+def told_nothing() -> Iterator[None]:
+    """Keeps the hints below to itself, for a decode that no user asked for; a later one is still told."""
+    before = set(_told)
+    _told.update(("uncompiled", "padding"))
+    try:
+        yield
+    finally:
+        _told.intersection_update(before)
 
 
 def _tell_once_that_decoding_is_uncompiled() -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from innerq_compile.refused import Refused
+
 
 def rope_pairs_of(text_config: Any) -> str:
     """The ``rope_pairs`` setting of a model: ``"half"``, ``"adjacent"``, or ``"off"`` where no pair spans the head.
@@ -30,14 +32,21 @@ def rope_pairs_of(text_config: Any) -> str:
 
 
 def head_dim_of(text_config: Any) -> int:
-    """Channels of a head; many configurations leave it to be derived."""
+    """Channels of a head; many configurations leave it to be derived.
+
+    Raises:
+        Refused: A model without heads.
+    """
     given = getattr(text_config, "head_dim", None)
+    if not given and not getattr(text_config, "num_attention_heads", None):
+        raise Refused(text_config.model_type, "its configuration names no attention heads")
     return int(given or text_config.hidden_size // text_config.num_attention_heads)
 
 
 def _turns_whole_heads(text_config: Any) -> bool:
     parameters = getattr(text_config, "rope_parameters", None)
     if not parameters:
-        return getattr(text_config, "rotary_dim", None) == head_dim_of(text_config)
+        rotary_dim = getattr(text_config, "rotary_dim", None)
+        return rotary_dim is not None and rotary_dim == head_dim_of(text_config)
     by_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
     return all(kind.get("partial_rotary_factor", 1.0) == 1.0 for kind in by_layer_type or [parameters])

@@ -22,16 +22,22 @@ ALLOWED = {
     "reference": {"config", "layout", "quant"},
     "ops": {"arguments", "config", "layout", "quant", "reference"},
     "padding": set(),
-    "rope": set(),
+    "refused": set(),
+    "rope": {"refused"},
     "overflow": {"layout", "ops"},
     "room": {"config", "ops"},
     "held_tensors": set(),
-    "facts": {"folded", "room"},
+    "per_layer": set(),
+    "facts": {"folded", "per_layer", "room"},
     "sixteen_bit": {"held_tensors", "ops", "room"},
     "layer": {"config", "held_tensors", "layout", "quant", "reference", "ops", "room"},
+    "layer_choice": {"config", "layout", "refused", "rope"},
     "live_caches": {"layer"},
-    "cache": {"config", "facts", "folded", "held_tensors", "layout", "layer", "live_caches", "overflow", "padding"},
+    "saved": {"config", "facts", "room", "storage"},
+    "cache": {"config", "facts", "folded", "held_tensors", "layer_choice", "layout", "layer", "live_caches"},
     "storage": {"config", "layout", "layer", "sixteen_bit"},
+    "self_check": {"layer", "refused"},
+    "support": {"per_layer", "refused"},
     "shadow": {"config", "layout", "ops"},
     "report": {"config", "layout", "quant", "reference", "ops"},
     "kernels.cpu": {"config", "layout", "quant", "ops", "report"},
@@ -40,12 +46,12 @@ ALLOWED = {
     "backend": {"config", "layout", "ops", "live_caches", "overflow", "cache", "report", "passes", "kernels", "shadow"},
     "fold": {"calibration", "folded", "live_caches", "passes"},
     "optimum_fx": {"fold", "passes"},
-    "explainer": {"config", "cache", "report", "passes"},
-    "generation": {"config", "cache", "folded", "live_caches", "passes", "room", "backend"},
+    "explainer": {"config", "cache", "refused", "report", "passes", "self_check", "support"},
+    "generation": {"cache", "folded", "live_caches", "passes", "room", "backend", "self_check", "support"},
     "export": {"config", "layout", "quant", "reference", "ops", "cache", "report", "passes", "kernels", "backend"},
     "demo": {"config", "layout", "quant", "reference", "ops", "cache", "report", "passes", "kernels", "backend"},
 }
-ALLOWED["cache"] |= {"room", "rope", "sixteen_bit", "storage"}
+ALLOWED["cache"] |= {"overflow", "padding", "per_layer", "room", "rope", "saved", "sixteen_bit", "storage"}
 ALLOWED["evaluation"] = {"cache", "demo", "kernels"}
 ALLOWED["demo"] |= {"explainer", "fold", "generation"}
 ALLOWED["cli"] = {*ALLOWED["export"], "explainer", "generation", "export", "demo", "evaluation", "__init__"}

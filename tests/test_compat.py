@@ -33,9 +33,8 @@ def private_names(source: str) -> list[str]:
         if isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith(("innerq_compile", "__")):
             names = [*node.module.split("."), *(alias.name for alias in node.names)]
             found += [f"{node.module}.{name}" for name in names if name.startswith("_")]
-        elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-            if not is_of_itself(node) and node.attr not in own | PUBLIC:
-                found.append(ast.unparse(node))
+        elif isinstance(node, ast.Attribute) and not is_of_itself(node) and node.attr not in own | PUBLIC:
+            found += [ast.unparse(node)] if node.attr.startswith("_") and not node.attr.startswith("__") else []
     return found
 
 
