@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import DynamicCache, PreTrainedModel
 
+from innerq_compile.compat.hf_transformers import CACHE_HOOK, offers_usual_cache
 from innerq_compile.per_layer import setting
 from innerq_compile.refused import Refused
 
@@ -30,7 +31,7 @@ def decoder_of(model: Any) -> PreTrainedModel:
     if not isinstance(inner, PreTrainedModel) or not inner.can_generate():
         hint = "; pass the model that torch.compile() was given" if hasattr(model, "_orig_mod") else ""
         raise TypeError(f"enable() needs a transformers model that can generate(), got {name}{hint}")
-    if inner.config.is_encoder_decoder or not hasattr(inner, "_prepare_cache_for_generation"):
+    if inner.config.is_encoder_decoder or not hasattr(inner, CACHE_HOOK):
         raise TypeError(f"enable() needs a decoder-only model, got {name}")
     return inner
 
@@ -47,7 +48,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         own = next((p for p in ("cache_params", "mems", "past_buckets_states", "state", "cache") if p in taken), None)
         instead = f"it remembers the past in {own}" if own else "it remembers nothing from step to step"
         raise Refused(name, f"its forward takes no past_key_values, {instead}")
-    if not model._supports_default_dynamic_cache():
+    if not offers_usual_cache(model):
         raise Refused(name, "it makes a cache of its own kind, and transformers offers it no other")
     window = setting(model.config.get_text_config(decoder=True), "sliding_window")
     if window and _cache_slides(model) and not _mask_slides(model):

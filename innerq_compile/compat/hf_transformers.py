@@ -16,6 +16,7 @@ NAMES = (
     "transformers.cache_utils:StaticLayer",
     "transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS",
     "transformers.generation:GenerationMixin._prepare_cache_for_generation",
+    "transformers.generation:GenerationMixin._supports_default_dynamic_cache",
 )
 """Everything that is taken from transformers beside its documented classes."""
 
@@ -50,6 +51,11 @@ def compile_on_every_device(config: CompileConfig) -> CompileConfig:
 def attn_implementation(model: Any) -> str | None:
     """Which attention a model runs, ``None`` where its configuration does not say. Public: a setter only."""
     return getattr(getattr(model, "config", None), "_attn_implementation", None)
+
+
+def offers_usual_cache(model: PreTrainedModel) -> bool:
+    """Whether ``generate()`` would make a ``DynamicCache`` for a model. Public: none."""
+    return bool(model._supports_default_dynamic_cache())
 
 
 def compiled_call(model: Any) -> Any:
