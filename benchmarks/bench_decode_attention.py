@@ -36,11 +36,12 @@ from rivals import COPIES, GROUPS, Case
 from rivals.processes import started
 from tabulate import tabulate
 
-from innerq_compile import ops, reference
-from innerq_compile.config import InnerQConfig
+from innerq_compile import ops
 from innerq_compile.kernels import cpu
 from innerq_compile.kernels.cpu import build
-from innerq_compile.layout import LayerState, allocate_state
+from innerq_compile.numerics import reference
+from innerq_compile.numerics.config import InnerQConfig
+from innerq_compile.numerics.layout import LayerState, allocate_state
 
 PRESETS = ("int4", "base", "small", "hybrid", "int8")
 SHAPES = ("32/8/64", "32/8/128")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from innerq_compile import InnerQCache, fold_key_norm
-from innerq_compile.backend import register_kernels
+from innerq_compile.compiler.backend import register_kernels
 from innerq_compile.demo.evaluate import Decoded, decode, kl_divergence, prefill
 
 NORMS: dict[str, dict[str, Any]] = {

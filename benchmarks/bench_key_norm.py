@@ -35,12 +35,14 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from innerq_compile import InnerQCache, fold, fold_key_norm, ops, reference
-from innerq_compile.backend import register_kernels
-from innerq_compile.config import InnerQConfig
+from innerq_compile import InnerQCache, fold_key_norm, ops
+from innerq_compile.cache.layer import InnerQLayer
+from innerq_compile.compiler.backend import register_kernels
 from innerq_compile.demo.evaluate import Prefill, prefill
-from innerq_compile.layer import InnerQLayer
-from innerq_compile.quant import KEY_NORM_EPS
+from innerq_compile.key_norm import fold
+from innerq_compile.numerics import reference
+from innerq_compile.numerics.config import InnerQConfig
+from innerq_compile.numerics.quant import KEY_NORM_EPS
 
 CALIBRATION_TOKENS = 4096
 OUTLIER_SHARE = 1 / 8
@@ -73,7 +75,7 @@ class Trial:
     def __call__(
         self, keys: torch.Tensor, valid: torch.Tensor, config: InnerQConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stands in for :func:`innerq_compile.quant.key_center_and_norm`; keys are finite here."""
+        """Stands in for :func:`innerq_compile.numerics.quant.key_center_and_norm`; keys are finite here."""
         counted = valid[:, None, :, None]
         number = counted.sum(2)
         low = torch.where(counted, keys, math.inf).amin(2)

@@ -22,10 +22,10 @@ from tabulate import tabulate
 from transformers import PreTrainedModel
 
 from innerq_compile import InnerQCache, disable, enable, explain
-from innerq_compile.passes import run_passes
+from innerq_compile.passes.decode import run_passes
+from innerq_compile.passes.report import REFUSED as LEFT_ALONE
+from innerq_compile.passes.report import REWRITTEN, SiteReport
 from innerq_compile.refused import Refused, first_line
-from innerq_compile.report import REFUSED as LEFT_ALONE
-from innerq_compile.report import REWRITTEN, SiteReport
 
 PROMPT, LONG_PROMPT, NEW_TOKENS = 80, 200, 24
 """The prompts are longer than the models' sliding windows; the long one is quantized with the preset ``base``."""
@@ -149,7 +149,7 @@ def _sites_recorded() -> Iterator[dict[str, SiteReport]]:
                 sites[f"{site.path} {seen[site.path]}"] = site
         return report
 
-    with mock.patch("innerq_compile.backend.run_passes", record):
+    with mock.patch("innerq_compile.compiler.backend.run_passes", record):
         yield sites
 
 

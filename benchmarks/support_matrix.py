@@ -102,7 +102,7 @@ class Sites:
     """What the passes made of a model's decode step.
 
     Attributes:
-        found, rewritten, refused: Sites that read a quantized cache, see :class:`innerq_compile.report.Report`.
+        found, rewritten, refused: Sites that read a quantized cache, see :class:`innerq_compile.passes.report.Report`.
         reasons: Why sites were refused, each once.
     """
 

@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from innerq_compile.cache import InnerQCache
-    from innerq_compile.config import InnerQConfig
-    from innerq_compile.explainer import explain
-    from innerq_compile.fold import fold_key_norm
-    from innerq_compile.generation import disable, enable
+    from innerq_compile.cache.innerq_cache import InnerQCache
+    from innerq_compile.compiler.enable import disable, enable
+    from innerq_compile.compiler.explain import explain
+    from innerq_compile.key_norm.fold import fold_key_norm
+    from innerq_compile.numerics.config import InnerQConfig
 
 __version__ = "0.1.0"
 __all__ = ["InnerQCache", "InnerQConfig", "disable", "enable", "explain", "fold_key_norm"]
 
 _OWNER = {
     "InnerQCache": "cache",
-    "InnerQConfig": "config",
-    "disable": "generation",
-    "enable": "generation",
-    "explain": "explainer",
-    "fold_key_norm": "fold",
+    "InnerQConfig": "numerics.config",
+    "disable": "compiler.enable",
+    "enable": "compiler.enable",
+    "explain": "compiler.explain",
+    "fold_key_norm": "key_norm.fold",
 }
 
 # In a checkout passes/ and kernels/ lie beside this package instead of inside it. An installed wheel needs nothing.

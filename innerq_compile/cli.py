@@ -70,9 +70,9 @@ def generate(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-    from innerq_compile.cache import InnerQCache
+    from innerq_compile.cache.innerq_cache import InnerQCache
+    from innerq_compile.compiler.enable import enable
     from innerq_compile.demo.run import FULL, cache_bytes
-    from innerq_compile.generation import enable
 
     _quiet_transformers()
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -147,7 +147,7 @@ def explain(
     """Say which attention sites of a model are rewritten, and why the others are not."""
     from transformers import AutoModelForCausalLM
 
-    from innerq_compile.explainer import explain as explain_model
+    from innerq_compile.compiler.explain import explain as explain_model
 
     _quiet_transformers()
     network = AutoModelForCausalLM.from_pretrained(model).eval()

@@ -1,8 +1,8 @@
 """The three ops that stand in a graph: schema, shape function and default implementation (the reference).
 
 Torch only. Kernels attach themselves to a device key of the same ops, with the first call on such a device.
-``innerq`` ops take a layer's buffers flat, in the order of :class:`~innerq_compile.layout.LayerState`, and the settings
-as the string :attr:`InnerQConfig.spec <innerq_compile.config.InnerQConfig.spec>`.
+``innerq`` ops take a layer's buffers flat, in the order of :class:`~innerq_compile.numerics.layout.LayerState`, and the
+settings as the string :attr:`InnerQConfig.spec <innerq_compile.numerics.config.InnerQConfig.spec>`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from innerq_compile import reference
-from innerq_compile.arguments import check_append_kv, check_counts, check_decode_attention, check_dequantize_kv
-from innerq_compile.config import InnerQConfig
-from innerq_compile.layout import SLOTS, LayerState
+from innerq_compile.numerics import reference
+from innerq_compile.numerics.arguments import check_append_kv, check_counts, check_decode_attention, check_dequantize_kv
+from innerq_compile.numerics.config import InnerQConfig
+from innerq_compile.numerics.layout import SLOTS, LayerState
 
 NAMESPACE = "innerq"
 
@@ -87,8 +87,8 @@ def check_overflow(state: LayerState, num_new: int, capacity: int) -> None:
     """Refuses an append that does not fit, before anything is written.
 
     On the CPU the length is there to be read. On an accelerator reading it would stall the decode loop, so there the
-    op marks the rows (:func:`innerq_compile.reference.append_kv`) and the host finds out by
-    :mod:`innerq_compile.overflow`.
+    op marks the rows (:func:`innerq_compile.numerics.reference.append_kv`) and the host finds out by
+    :mod:`innerq_compile.cache.overflow`.
 
     Raises:
         RuntimeError: Names the capacity and the option that raises it.
@@ -168,12 +168,14 @@ for _name in DEFAULTS:
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _FAKES[_name], lib=_library)
 
 append_kv = torch.ops.innerq.append_kv.default
-"""``append_kv(key, value, *state, capacity, config) -> None``: see :func:`innerq_compile.reference.append_kv`."""
+"""``append_kv(key, value, *state, capacity, config) -> None``: see
+:func:`innerq_compile.numerics.reference.append_kv`."""
 
 dequantize_kv = torch.ops.innerq.dequantize_kv.default
-"""``dequantize_kv(*state, capacity, config) -> (keys, values)``: see :func:`innerq_compile.reference.dequantize_kv`."""
+"""``dequantize_kv(*state, capacity, config) -> (keys, values)``: see
+:func:`innerq_compile.numerics.reference.dequantize_kv`."""
 
 decode_attention = torch.ops.innerq.decode_attention.default
 """``decode_attention(query, *state, attn_mask, sm_scale, capacity, config, exact=False) -> out``: see
-:func:`innerq_compile.reference.decode_attention`. ``exact`` forbids a kernel to round queries and probabilities to
-integers; the reference never does."""
+:func:`innerq_compile.numerics.reference.decode_attention`. ``exact`` forbids a kernel to round queries and
+probabilities to integers; the reference never does."""

@@ -18,7 +18,7 @@ from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from innerq_compile.compat.pytorch import HigherOrderOperator, OpOverload, OpOverloadPacket, schema_of
-from innerq_compile.passes.canonicalize import value_of
+from innerq_compile.passes.graph import value_of
 
 _CASTS = frozenset(
     {"bfloat16", "bool", "byte", "char", "cpu", "cuda", "double", "float", "half", "int", "long", "short", "type"}

@@ -24,8 +24,8 @@ elif not torch.cuda.is_available():
 
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel  # noqa: E402
 
-from innerq_compile.config import InnerQConfig  # noqa: E402
-from innerq_compile.quant import dequantize_groups, key_center_and_norm, quantize_groups  # noqa: E402
+from innerq_compile.numerics.config import InnerQConfig  # noqa: E402
+from innerq_compile.numerics.quant import dequantize_groups, key_center_and_norm, quantize_groups  # noqa: E402
 
 
 class History:

@@ -21,7 +21,8 @@ from torch._inductor import graph as inductor_graph
 from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, StaticCache
 
-from innerq_compile import InnerQCache, overflow
+from innerq_compile import InnerQCache
+from innerq_compile.cache import overflow
 from innerq_compile.kernels.triton import analysis
 
 CAPACITY, PROMPT = 4096, 200

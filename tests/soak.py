@@ -25,10 +25,11 @@ import typer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from innerq_compile import InnerQCache, reference
-from innerq_compile.cache import InnerQLayer
-from innerq_compile.config import BLOCK
-from innerq_compile.layout import QUANTIZED, LayerState, allocate_state
+from innerq_compile import InnerQCache
+from innerq_compile.cache.innerq_cache import InnerQLayer
+from innerq_compile.numerics import reference
+from innerq_compile.numerics.config import BLOCK
+from innerq_compile.numerics.layout import QUANTIZED, LayerState, allocate_state
 
 SMALLEST_OBJECT, SMALLEST_TENSOR = 16, 256
 PROMPT, WARM_UP = 100, 200

@@ -16,8 +16,9 @@ from torch._inductor import compile_fx
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from innerq_compile import InnerQCache, backend, enable
-from innerq_compile.passes import run_passes
+from innerq_compile import InnerQCache, enable
+from innerq_compile.compiler import backend
+from innerq_compile.passes.decode import run_passes
 
 
 def main(program: str, folder: str, prompt: str, new_tokens: str, how: str) -> None:

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from innerq_compile.config import InnerQConfig
+from innerq_compile.numerics.config import InnerQConfig
 from innerq_compile.passes.aliasing import Memory
-from innerq_compile.passes.capture_static_cache import capture_static_cache
+from innerq_compile.passes.decode.capture_static_cache import capture_static_cache
 
 CAPACITY, HEADS, HEAD_DIM = 64, 2, 32
 CONFIG = InnerQConfig.from_preset("int8", sink=32, recent=32)

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from innerq_compile import InnerQCache, ops
-from innerq_compile.backend import cpp_compiler_works, register_kernels
-from innerq_compile.layout import QUANTIZED, LayerState
-from innerq_compile.passes import run_passes
+from innerq_compile.compiler.backend import cpp_compiler_works, register_kernels
+from innerq_compile.numerics.layout import QUANTIZED, LayerState
+from innerq_compile.passes.decode import run_passes
 
 CAPACITY, PROMPT, STEPS = 256, 150, 20
 QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}

@@ -12,9 +12,10 @@ import torch
 from torch._inductor.utils import run_and_get_code
 from transformers import CompileConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from innerq_compile import InnerQCache, backend, ops
-from innerq_compile.layout import LayerState
-from innerq_compile.passes import run_passes
+from innerq_compile import InnerQCache, ops
+from innerq_compile.compiler import backend
+from innerq_compile.numerics.layout import LayerState
+from innerq_compile.passes.decode import run_passes
 
 CAPACITY = 480
 PROMPT = 20
@@ -55,13 +56,13 @@ class TestReach:
             "assert 'innerq_compile' not in sys.modules\n"
             "double = torch.compile(lambda x: 2 * x, backend='innerq')\n"
             "assert torch.equal(double(torch.ones(3)), torch.full((3,), 2.0))\n"
-            "print('innerq_compile.backend' in sys.modules, 'transformers' in sys.modules)"
+            "print('innerq_compile.compiler.backend' in sys.modules, 'transformers' in sys.modules)"
         )
         assert done.stdout.split() == ["True", "False"]
 
     def test_import_is_cheap(self):
         done = run_python(
-            "import sys, innerq_compile.backend\n"
+            "import sys, innerq_compile.compiler.backend\n"
             "print([m for m in ('transformers', 'triton', 'torch._inductor.compile_fx') if m in sys.modules])"
         )
         assert done.stdout.strip() == "[]"
@@ -123,8 +124,8 @@ class TestOptions:
 
 NO_COMPILER = """
 import torch
-from innerq_compile.config import InnerQConfig
-from innerq_compile.layout import allocate_state
+from innerq_compile.numerics.config import InnerQConfig
+from innerq_compile.numerics.layout import allocate_state
 config = InnerQConfig()
 shape = dict(batch_size=1, num_kv_heads=2, head_dim=32, capacity=64, dtype=torch.float32, device="cpu")
 append, dequantize = torch.ops.innerq.append_kv, torch.ops.innerq.dequantize_kv

@@ -179,8 +179,8 @@ def test_attention_that_is_a_hundredth_off_is_over_its_budget(gpu):
 
 def test_random_caches_hold_what_they_say(gpu):
     caches = gpu("caches")
-    from innerq_compile.config import InnerQConfig
-    from innerq_compile.layout import state_bytes
+    from innerq_compile.numerics.config import InnerQConfig
+    from innerq_compile.numerics.layout import state_bytes
 
     config = InnerQConfig.from_preset("hybrid")
     state = caches.random_state(config, 2, 2, 32, 320, torch.device("cpu"), torch.bfloat16)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import DynamicCache, Gemma3TextConfig, MistralConfig
 
-from innerq_compile import layer as layer_module
-from innerq_compile.cache import InnerQCache
-from innerq_compile.layer import InnerQLayer
-from innerq_compile.layout import QUANTIZED
+from innerq_compile.cache import layer as layer_module
+from innerq_compile.cache.innerq_cache import InnerQCache
+from innerq_compile.cache.layer import InnerQLayer
+from innerq_compile.numerics.layout import QUANTIZED
 
 
 def prompt(length, batch=1, seed=0):
@@ -206,7 +206,7 @@ def test_settings_reach_the_cache_and_unknown_ones_are_refused(tiny_config):
 
 def test_uncompiled_decoding_is_told_once(tiny_model, caplog, monkeypatch):
     monkeypatch.setattr(layer_module, "_told", set())
-    with caplog.at_level(logging.WARNING, logger="innerq_compile.layer"):
+    with caplog.at_level(logging.WARNING, logger="innerq_compile.cache.layer"):
         generate(tiny_model, prompt(5), past_key_values=InnerQCache(tiny_model.config))
-    told = [record for record in caplog.records if record.name == "innerq_compile.layer"]
+    told = [record for record in caplog.records if record.name == "innerq_compile.cache.layer"]
     assert len(told) == 1 and "innerq_compile.enable(model)" in told[0].message

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from innerq_compile import InnerQCache, backend
-from innerq_compile.layer import InnerQLayer
-from innerq_compile.layout import PADS
+from innerq_compile import InnerQCache
+from innerq_compile.cache.layer import InnerQLayer
+from innerq_compile.compiler import backend
+from innerq_compile.numerics.layout import PADS
 
 
 def words(length, batch=1, seed=0):

@@ -1,6 +1,6 @@
 import pytest
 
-from innerq_compile.config import PRESETS, InnerQConfig
+from innerq_compile.numerics.config import PRESETS, InnerQConfig
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from innerq_compile import ops
-from innerq_compile.config import InnerQConfig
 from innerq_compile.kernels import cpu
 from innerq_compile.kernels.cpu import attach, build
-from innerq_compile.layout import allocate_state
+from innerq_compile.numerics.config import InnerQConfig
+from innerq_compile.numerics.layout import allocate_state
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +33,15 @@ def library():
 
 ENTRANCES = {
     "the cache's module": """
-        from innerq_compile.cache import InnerQCache
+        from innerq_compile.cache.innerq_cache import InnerQCache
         from transformers import LlamaConfig
         cache = InnerQCache(LlamaConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=2), max_cache_len=64)
         cache.update(torch.zeros(1, 2, 5, 32), torch.zeros(1, 2, 5, 32), 0)
     """,
     "the ops": """
         import innerq_compile.ops
-        from innerq_compile.config import InnerQConfig
-        from innerq_compile.layout import allocate_state
+        from innerq_compile.numerics.config import InnerQConfig
+        from innerq_compile.numerics.layout import allocate_state
         size = dict(batch_size=1, num_kv_heads=2, head_dim=32, capacity=64)
         state = allocate_state(InnerQConfig(), **size, dtype=torch.float32, device="cpu")
         assert "innerq_compile.kernels.cpu" not in sys.modules and "transformers" not in sys.modules

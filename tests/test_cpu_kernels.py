@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from innerq_compile import ops, reference
-from innerq_compile.config import BITS, BLOCK, LEVELS, MODES, InnerQConfig
+from innerq_compile import ops
 from innerq_compile.kernels.cpu import attach, build, unsupported
 from innerq_compile.kernels.cpu.settings import DTYPES, Settings, read_settings
-from innerq_compile.layout import PADS, LayerState, allocate_state
+from innerq_compile.numerics import reference
+from innerq_compile.numerics.config import BITS, BLOCK, LEVELS, MODES, InnerQConfig
+from innerq_compile.numerics.layout import PADS, LayerState, allocate_state
 
 CAPACITY = 640
 EPS = torch.finfo(torch.float32).eps
@@ -650,9 +651,9 @@ FRESH_PROCESS = """
 import warnings
 import torch
 from innerq_compile import ops, reference
-from innerq_compile.config import InnerQConfig
+from innerq_compile.numerics.config import InnerQConfig
 from innerq_compile.kernels import cpu
-from innerq_compile.layout import allocate_state
+from innerq_compile.numerics.layout import allocate_state
 
 config = InnerQConfig()
 state, other = (

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, DynamicCache, StaticCache
 
-from innerq_compile.cache import InnerQCache
+from innerq_compile.cache.innerq_cache import InnerQCache
 from innerq_compile.demo import evaluate
 from innerq_compile.demo.run import MODEL_DIR, DemoSettings, cache_bytes
 

@@ -12,11 +12,11 @@ from torch import fx, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from innerq_compile import InnerQCache, enable, fold_key_norm, ops
-from innerq_compile.fold import KeyNormFold
-from innerq_compile.folded import CONFIG_KEY, check_folded
-from innerq_compile.passes import run_passes
-from innerq_compile.passes.fold_captured import fold_captured
-from innerq_compile.passes.trace_projections import FoldRefused
+from innerq_compile.cache.mark import CONFIG_KEY, check_folded
+from innerq_compile.key_norm.fold import KeyNormFold
+from innerq_compile.passes.decode import run_passes
+from innerq_compile.passes.key_norm.fold_captured import fold_captured
+from innerq_compile.passes.key_norm.trace_projections import FoldRefused
 
 COMMON = {
     "vocab_size": 128,

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, MistralConfig, T5Config, T5ForConditionalGeneration
 
-from innerq_compile import InnerQCache, backend, disable, enable, explain
-from innerq_compile.generation import MIN_CAPACITY
+from innerq_compile import InnerQCache, disable, enable, explain
+from innerq_compile.compiler import backend
+from innerq_compile.compiler.enable import MIN_CAPACITY
 
 
 def prompt(length: int = 20) -> torch.Tensor:

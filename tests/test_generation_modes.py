@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from innerq_compile import InnerQCache
-from innerq_compile.layout import QUANTIZED
+from innerq_compile.numerics.layout import QUANTIZED
 
 NEW = 40
 

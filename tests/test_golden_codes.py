@@ -5,9 +5,10 @@ import hashlib
 import pytest
 import torch
 
-from innerq_compile import ops, reference
-from innerq_compile.config import PRESETS, InnerQConfig
-from innerq_compile.layout import allocate_state
+from innerq_compile import ops
+from innerq_compile.numerics import reference
+from innerq_compile.numerics.config import PRESETS, InnerQConfig
+from innerq_compile.numerics.layout import allocate_state
 
 CHUNKS = (700, 1, 1, 33, 200, 1)
 CAPACITY = 1024

@@ -12,10 +12,11 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
-from innerq_compile import InnerQCache, disable, enable, ops, reference
-from innerq_compile.backend import register_kernels
-from innerq_compile.config import InnerQConfig
-from innerq_compile.layout import PADS, QUANTIZED, SLOTS, LayerState, allocate_state
+from innerq_compile import InnerQCache, disable, enable, ops
+from innerq_compile.compiler.backend import register_kernels
+from innerq_compile.numerics import reference
+from innerq_compile.numerics.config import InnerQConfig
+from innerq_compile.numerics.layout import PADS, QUANTIZED, SLOTS, LayerState, allocate_state
 
 pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).resolve().parent))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from innerq_compile.config import PRESETS, InnerQConfig
-from innerq_compile.layout import allocate_state, expected_bytes, state_bytes
+from innerq_compile.numerics.config import PRESETS, InnerQConfig
+from innerq_compile.numerics.layout import allocate_state, expected_bytes, state_bytes
 
 
 @pytest.mark.parametrize("capacity", [1024, 4096, 16384])

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, StaticCache
 
 from innerq_compile import InnerQCache, disable, enable, explain, fold_key_norm
-from innerq_compile.explainer import LEFT_ALONE
+from innerq_compile.compiler.explain import LEFT_ALONE
 
 SIZES = {
     "vocab_size": 256,

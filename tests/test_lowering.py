@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from innerq_compile.layout import LayerState
+from innerq_compile.numerics.layout import LayerState
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs the code itself")

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from innerq_compile import ops, reference
-from innerq_compile.config import InnerQConfig
-from innerq_compile.layout import SLOTS, LayerState, allocate_state
+from innerq_compile import ops
+from innerq_compile.numerics import reference
+from innerq_compile.numerics.config import InnerQConfig
+from innerq_compile.numerics.layout import SLOTS, LayerState, allocate_state
 
 CAPACITY = 512
 

@@ -9,7 +9,7 @@ from torch import nn
 optimum = pytest.importorskip("optimum.fx.optimization")
 
 from innerq_compile import InnerQCache, ops  # noqa: E402  only where optimum is there
-from innerq_compile.optimum_fx import FoldKeyNorm, FuseDecodeAttention  # noqa: E402
+from innerq_compile.key_norm.optimum_fx import FoldKeyNorm, FuseDecodeAttention  # noqa: E402
 
 TOKENS = torch.randint(1, 256, (1, 48), generator=torch.Generator().manual_seed(0))
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from innerq_compile.demo.run import MODEL_DIR
-from innerq_compile.passes.check_fold import MAX_RELATIVE_ERROR
+from innerq_compile.passes.key_norm.check_fold import MAX_RELATIVE_ERROR
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

@@ -6,11 +6,12 @@ What a GPU would do is played by the CPU: it marks rows instead of raising, and 
 import pytest
 import torch
 
-from innerq_compile import InnerQCache, ops, overflow
-from innerq_compile.config import InnerQConfig
-from innerq_compile.layer import InnerQLayer
-from innerq_compile.layout import SLOTS, allocate_state
-from innerq_compile.passes.appends import find_appends
+from innerq_compile import InnerQCache, ops
+from innerq_compile.cache import overflow
+from innerq_compile.cache.layer import InnerQLayer
+from innerq_compile.numerics.config import InnerQConfig
+from innerq_compile.numerics.layout import SLOTS, allocate_state
+from innerq_compile.passes.decode.appends import find_appends
 
 CAPACITY = 200
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from innerq_compile import InnerQCache, backend, disable, enable
-from innerq_compile import layer as layer_module
-from innerq_compile.layer import InnerQLayer
-from innerq_compile.layout import PADS, QUANTIZED, SLOTS
+from innerq_compile import InnerQCache, disable, enable
+from innerq_compile.cache import layer as layer_module
+from innerq_compile.cache.layer import InnerQLayer
+from innerq_compile.compiler import backend
+from innerq_compile.numerics.layout import PADS, QUANTIZED, SLOTS
 
 LENGTHS = (300, 170, 5)
 WIDTH = max(LENGTHS)

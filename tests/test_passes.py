@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 from innerq_compile import ops
-from innerq_compile.config import InnerQConfig
-from innerq_compile.layout import LayerState, allocate_state
-from innerq_compile.passes import run_passes
-from innerq_compile.passes.match import DecodeSite, match
-from innerq_compile.passes.verify import PassError, verify
-from innerq_compile.report import Report, SiteReport
+from innerq_compile.numerics.config import InnerQConfig
+from innerq_compile.numerics.layout import LayerState, allocate_state
+from innerq_compile.passes.decode import run_passes
+from innerq_compile.passes.decode.match import DecodeSite, match
+from innerq_compile.passes.decode.verify import PassError, verify
+from innerq_compile.passes.report import Report, SiteReport
 
 CAPACITY, HEAD_DIM, HELD = 256, 32, 200
 CONFIG = InnerQConfig.from_preset("base")

@@ -19,9 +19,9 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from test_triton_attention import check_attention, filled_state, queries  # noqa: E402
 from test_triton_kernels import Twins  # noqa: E402
 
-from innerq_compile.config import PRESETS, InnerQConfig  # noqa: E402
 from innerq_compile.kernels.triton import decode_attention as launcher  # noqa: E402
-from innerq_compile.layout import QUANTIZED  # noqa: E402
+from innerq_compile.numerics.config import PRESETS, InnerQConfig  # noqa: E402
+from innerq_compile.numerics.layout import QUANTIZED  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

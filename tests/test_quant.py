@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from innerq_compile.config import BITS, LEVELS, MODES, InnerQConfig, TensorQuantSpec
-from innerq_compile.layout import PLANES
-from innerq_compile.quant import (
+from innerq_compile.numerics.config import BITS, LEVELS, MODES, InnerQConfig, TensorQuantSpec
+from innerq_compile.numerics.layout import PLANES
+from innerq_compile.numerics.quant import (
     FP16_MAX,
     KEY_CENTER_MIN_TOKENS,
     KEY_NORM_EPS,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from innerq_compile import reference
-from innerq_compile.config import PRESETS, InnerQConfig
-from innerq_compile.layout import PADS, QUANTIZED, SLOTS, LayerState, allocate_state
+from innerq_compile.numerics import reference
+from innerq_compile.numerics.config import PRESETS, InnerQConfig
+from innerq_compile.numerics.layout import PADS, QUANTIZED, SLOTS, LayerState, allocate_state
 
 HEADS, DIM = 2, 32
 LENGTHS = [0, 1, 31, 32, 33, 127, 128, 129, 159, 160, 161, 191, 192, 193, 1000, 1009]

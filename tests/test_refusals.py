@@ -19,9 +19,9 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from innerq_compile import InnerQCache, disable, enable, explain
-from innerq_compile import self_check as checking
+from innerq_compile.compiler import self_check as checking
+from innerq_compile.compiler.self_check import self_check
 from innerq_compile.refused import Refused
-from innerq_compile.self_check import self_check
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import families  # noqa: E402

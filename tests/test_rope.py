@@ -4,7 +4,7 @@ import pytest
 import transformers
 
 from innerq_compile import InnerQCache
-from innerq_compile.rope import rope_pairs_of
+from innerq_compile.cache.rope import rope_pairs_of
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache, FalconH1Config, Gemma3TextConfig, MistralConfig, Qwen3NextConfig
 
 from innerq_compile import InnerQCache, enable
-from innerq_compile.room import MIN_CAPACITY
-from innerq_compile.sixteen_bit import is_allocated
+from innerq_compile.cache.room import MIN_CAPACITY
+from innerq_compile.cache.sixteen_bit import is_allocated
 
 WINDOW = 600
 """Larger than the first capacity, so that sliding layers grow too before they slide."""

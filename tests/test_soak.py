@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from innerq_compile import backend
+from innerq_compile.compiler import backend
 
 PROGRAM = Path(__file__).with_name("soak.py")
 

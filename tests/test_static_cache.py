@@ -7,9 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
-from innerq_compile import backend, explain, shadow
-from innerq_compile.config import InnerQConfig
-from innerq_compile.passes.capture_static_cache import ADVICE, CAPTURED
+from innerq_compile import explain
+from innerq_compile.cache import shadow
+from innerq_compile.compiler import backend
+from innerq_compile.numerics.config import InnerQConfig
+from innerq_compile.passes.decode.capture_static_cache import ADVICE, CAPTURED
 
 CAPACITY = 300
 CONFIG = LlamaConfig(

@@ -8,10 +8,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3TextConfig
 
-from innerq_compile import InnerQCache, storage
-from innerq_compile.folded import set_mark
-from innerq_compile.layout import PADS, QUANTIZED, SLOTS, LayerState, allocate_state
-from innerq_compile.storage import FORMAT
+from innerq_compile import InnerQCache
+from innerq_compile.cache import storage
+from innerq_compile.cache.mark import set_mark
+from innerq_compile.cache.storage import FORMAT
+from innerq_compile.numerics.layout import PADS, QUANTIZED, SLOTS, LayerState, allocate_state
 
 
 def prompt(length=200, batch=1):
@@ -175,7 +176,7 @@ def allocations(monkeypatch):
         devices.append(str(kwargs["device"]))
         return allocate_state(*args, **kwargs)
 
-    monkeypatch.setattr("innerq_compile.layer.allocate_state", allocate)
+    monkeypatch.setattr("innerq_compile.cache.layer.allocate_state", allocate)
     return devices
 
 
@@ -283,7 +284,7 @@ def test_saves_of_two_processes_do_not_meet_and_a_failed_one_leaves_nothing(tiny
         target.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("innerq_compile.storage.save_file", fail)
+    monkeypatch.setattr("innerq_compile.cache.storage.save_file", fail)
     for _ in range(2):
         with pytest.raises(OSError, match="disk full"):
             cache.save(path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from innerq_compile import InnerQCache
-from innerq_compile.passes import run_passes
+from innerq_compile.passes.decode import run_passes
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -124,9 +124,9 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from gpu import attention
-from innerq_compile.config import InnerQConfig
+from innerq_compile.numerics.config import InnerQConfig
 from innerq_compile.kernels.triton import decode_attention as launcher
-from innerq_compile.layout import allocate_state
+from innerq_compile.numerics.layout import allocate_state
 
 launcher._num_processors = lambda device: 132
 kernels = set()

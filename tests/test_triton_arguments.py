@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from innerq_compile import ops
-from innerq_compile.config import InnerQConfig
-from innerq_compile.layout import LayerState, allocate_state
+from innerq_compile.numerics.config import InnerQConfig
+from innerq_compile.numerics.layout import LayerState, allocate_state
 
 pytest.importorskip("triton")
 from innerq_compile.kernels.triton.append_kv import append_kv  # noqa: E402

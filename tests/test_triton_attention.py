@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from innerq_compile import reference
-from innerq_compile.config import BITS, MODES, InnerQConfig
-from innerq_compile.layout import PADS, QUANTIZED, SLOTS, LayerState, allocate_state
+from innerq_compile.numerics import reference
+from innerq_compile.numerics.config import BITS, MODES, InnerQConfig
+from innerq_compile.numerics.layout import PADS, QUANTIZED, SLOTS, LayerState, allocate_state
 
 pytest.importorskip("triton.language")
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from innerq_compile.config import BITS, LEVELS, MODES, TensorQuantSpec
-from innerq_compile.quant import KEY_NORM_EPS, quantize_groups
+from innerq_compile.numerics.config import BITS, LEVELS, MODES, TensorQuantSpec
+from innerq_compile.numerics.quant import KEY_NORM_EPS, quantize_groups
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

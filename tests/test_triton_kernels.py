@@ -12,9 +12,10 @@ import sys
 import pytest
 import torch
 
-from innerq_compile import ops, reference
-from innerq_compile.config import BLOCK, InnerQConfig
-from innerq_compile.layout import PADS, QUANTIZED, SLOTS, LayerState, allocate_state
+from innerq_compile import ops
+from innerq_compile.numerics import reference
+from innerq_compile.numerics.config import BLOCK, InnerQConfig
+from innerq_compile.numerics.layout import PADS, QUANTIZED, SLOTS, LayerState, allocate_state
 
 pytest.importorskip("triton")
 from innerq_compile.kernels.triton.append_kv import append_kv  # noqa: E402

@@ -58,9 +58,9 @@ from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from innerq_compile import ops
-from innerq_compile.config import InnerQConfig
+from innerq_compile.numerics.config import InnerQConfig
 from innerq_compile.kernels import triton as kernels
-from innerq_compile.layout import allocate_state
+from innerq_compile.numerics.layout import allocate_state
 
 
 class Driver:  # what Triton asks of a GPU to translate a kernel, which tells torch what the kernel writes

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from innerq_compile.config import BITS
-from innerq_compile.quant import pack_tiles
+from innerq_compile.numerics.config import BITS
+from innerq_compile.numerics.quant import pack_tiles
 
 tl = pytest.importorskip("triton.language")
 import triton  # noqa: E402

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from innerq_compile import InnerQCache, backend, enable
-from innerq_compile.generation import _RESUMES, MIN_CAPACITY
+from innerq_compile import InnerQCache, enable
+from innerq_compile.compiler import backend
+from innerq_compile.compiler.enable import _RESUMES, MIN_CAPACITY
 
 SETTINGS = {"preset": "int8"}
 GREEDY = {"do_sample": False, "return_dict_in_generate": True}

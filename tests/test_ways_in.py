@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import CompileConfig, DynamicCache
 
-from innerq_compile import InnerQCache, backend, enable, explain
-from innerq_compile import layer as layer_module
-from innerq_compile.passes.dynamic_cache import ADVICE, GROWING
+from innerq_compile import InnerQCache, enable, explain
+from innerq_compile.cache import layer as layer_module
+from innerq_compile.compiler import backend
+from innerq_compile.passes.decode.dynamic_cache import ADVICE, GROWING
 
 NEW = 8
 

@@ -113,7 +113,9 @@ def _environment(scratch: Path, dry: bool) -> dict[str, str]:
     folder = scratch / "innerq_compile-0+checkout.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: innerq-compile\nVersion: 0+checkout\n")
-    (folder / "entry_points.txt").write_text("[torch_dynamo_backends]\ninnerq = innerq_compile.backend:innerq\n")
+    (folder / "entry_points.txt").write_text(
+        "[torch_dynamo_backends]\ninnerq = innerq_compile.compiler.backend:innerq\n"
+    )
     path = os.pathsep.join(filter(None, [str(scratch), os.environ.get("PYTHONPATH")]))
     interpreted = {"TRITON_INTERPRET": "1"} if dry else {}
     return {"OMP_NUM_THREADS": "2", **os.environ, "PYTHONPATH": path, **interpreted}

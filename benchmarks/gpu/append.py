@@ -7,8 +7,9 @@ import torch
 from gpu.caches import SPARE, empty_state, random_state
 from gpu.section import Section
 from gpu.timing import interleaved
-from innerq_compile import ops, reference
-from innerq_compile.config import InnerQConfig
+from innerq_compile import ops
+from innerq_compile.numerics import reference
+from innerq_compile.numerics.config import InnerQConfig
 
 PRESETS = ("base", "small", "hybrid", "int4", "int8")
 HEADS, HEAD_DIM, CHECKED = 8, 128, 300

@@ -16,9 +16,10 @@ from gpu.caches import SPARE, held_bytes, random_state
 from gpu.machine import fastest_reader, reading
 from gpu.section import Section
 from gpu.timing import Call, Checked, check_attention, interleaved
-from innerq_compile import ops, reference
-from innerq_compile.config import InnerQConfig
-from innerq_compile.layout import LayerState
+from innerq_compile import ops
+from innerq_compile.numerics import reference
+from innerq_compile.numerics.config import InnerQConfig
+from innerq_compile.numerics.layout import LayerState
 
 PRESETS = ("base", "small", "int4", "int8")
 CHECKED_HEADS = 4

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from innerq_compile.config import BLOCK, InnerQConfig
-from innerq_compile.layout import QUANTIZED, SLOTS, LayerState, allocate_state
+from innerq_compile.numerics.config import BLOCK, InnerQConfig
+from innerq_compile.numerics.layout import QUANTIZED, SLOTS, LayerState, allocate_state
 
 SPARE = 64
 """Free slots behind the context, for the tokens that a measurement appends."""

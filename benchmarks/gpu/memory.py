@@ -8,7 +8,7 @@ from gpu.caches import SPARE, empty_state, random_state
 from gpu.models import SHAPES, config_of, on_meta
 from gpu.section import Section
 from innerq_compile import ops
-from innerq_compile.config import InnerQConfig
+from innerq_compile.numerics.config import InnerQConfig
 
 CACHES = ("static", "int8", "int4", "base", "small")
 CONTEXTS = (8192, 32768, 131072)

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from gpu.caches import SPARE, fill, set_context
 from gpu.section import Section
 from gpu.timing import relative
-from innerq_compile.cache import InnerQCache
+from innerq_compile.cache.innerq_cache import InnerQCache
 
 WARM_UP, STEPS, ROUNDS = 5, 16, 3
 CONTEXTS = (32768, 131072, 8192)
@@ -172,7 +172,7 @@ class Contender:
 
 def backend_of(cache: str, dry: bool) -> Callable[..., Any]:
     """What a user would compile with; dry, the model only goes through Dynamo and our passes."""
-    from innerq_compile.backend import innerq, mode_options
+    from innerq_compile.compiler.backend import innerq, mode_options
 
     if not dry and cache == "static":
         from torch._inductor.compile_fx import compile_fx
@@ -182,7 +182,7 @@ def backend_of(cache: str, dry: bool) -> Callable[..., Any]:
         return functools.partial(innerq, mode="reduce-overhead")
 
     def passes_only(gm: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        from innerq_compile.passes import run_passes
+        from innerq_compile.passes.decode import run_passes
 
         if (
             cache != "static"

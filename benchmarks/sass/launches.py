@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from innerq_compile.config import InnerQConfig
 from innerq_compile.kernels.triton import append_kv, decode_attention, dequantize_kv
-from innerq_compile.layout import LayerState, allocate_state
+from innerq_compile.numerics.config import InnerQConfig
+from innerq_compile.numerics.layout import LayerState, allocate_state
 
 HEADS, CAPACITY = 8, 4096
 

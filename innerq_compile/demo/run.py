@@ -15,10 +15,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-from innerq_compile.cache import InnerQCache
-from innerq_compile.config import PRESETS, InnerQConfig
+from innerq_compile.cache.innerq_cache import InnerQCache
+from innerq_compile.compiler.enable import disable, enable
 from innerq_compile.demo import evaluate
-from innerq_compile.generation import disable, enable
+from innerq_compile.numerics.config import PRESETS, InnerQConfig
 
 MODEL_DIR = Path(__file__).resolve().parent / "model"
 """The reference model, its tokenizer and ``heldout.txt``, text that it was not trained on."""

@@ -9,7 +9,7 @@ import torch
 from tabulate import tabulate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from innerq_compile.cache import InnerQCache
+from innerq_compile.cache.innerq_cache import InnerQCache
 from innerq_compile.evaluation.quality import measure
 from innerq_compile.evaluation.smollm2 import smollm2
 from innerq_compile.evaluation.texts import read_text

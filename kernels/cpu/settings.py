@@ -8,8 +8,8 @@ import logging
 
 import torch
 
-from innerq_compile.config import MODES, ROPE_PAIRS, InnerQConfig, TensorQuantSpec
-from innerq_compile.quant import KEY_CENTER_MIN_TOKENS
+from innerq_compile.numerics.config import MODES, ROPE_PAIRS, InnerQConfig, TensorQuantSpec
+from innerq_compile.numerics.quant import KEY_CENTER_MIN_TOKENS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """dtypes of a model, in the order of kernels.h's ``DType``."""

@@ -20,7 +20,7 @@ import torch
 
 from innerq_compile import ops
 from innerq_compile.compat import pytorch
-from innerq_compile.layout import LayerState
+from innerq_compile.numerics.layout import LayerState
 
 __all__ = ["description", "register_decompositions", "unavailable"]
 

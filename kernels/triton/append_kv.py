@@ -19,8 +19,6 @@ import triton
 import triton.language as tl
 
 from innerq_compile import ops
-from innerq_compile.arguments import check_append_kv
-from innerq_compile.config import BLOCK, ROPE_PAIRS
 from innerq_compile.kernels.triton.blocks import load_values, plan_row, quantize_keys, quantize_values
 from innerq_compile.kernels.triton.key_norm import (
     center_and_norm,
@@ -41,7 +39,9 @@ from innerq_compile.kernels.triton.launch import (
 )
 from innerq_compile.kernels.triton.places import warps_of
 from innerq_compile.kernels.triton.tiles import window_slot
-from innerq_compile.layout import PADS, QUANTIZED, SLOTS
+from innerq_compile.numerics.arguments import check_append_kv
+from innerq_compile.numerics.config import BLOCK, ROPE_PAIRS
+from innerq_compile.numerics.layout import PADS, QUANTIZED, SLOTS
 
 RANGE_TOKENS = 512
 """Tokens whose smallest and largest keys one program of :func:`key_range_kernel` finds."""
@@ -265,7 +265,7 @@ def window_kernel(
 
 
 def append_kv(key: torch.Tensor, value: torch.Tensor, *args: Any, launch: Launch = run) -> None:
-    """See :func:`innerq_compile.reference.append_kv`.
+    """See :func:`innerq_compile.numerics.reference.append_kv`.
 
     Raises:
         ValueError: Keys or values do not fit the cache, or its buffers each other.

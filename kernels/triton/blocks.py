@@ -15,7 +15,7 @@ from innerq_compile.kernels.triton.places import (
     values_by_channel,
 )
 from innerq_compile.kernels.triton.tiles import store_fours
-from innerq_compile.layout import PADS, QUANTIZED, SLOTS
+from innerq_compile.numerics.layout import PADS, QUANTIZED, SLOTS
 
 _SLOTS, _QUANTIZED, _PADS = tl.constexpr(SLOTS), tl.constexpr(QUANTIZED), tl.constexpr(PADS)
 

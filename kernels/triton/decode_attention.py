@@ -13,11 +13,11 @@ import torch
 import triton
 
 from innerq_compile import ops
-from innerq_compile.arguments import check_decode_attention
-from innerq_compile.config import BLOCK, InnerQConfig
 from innerq_compile.kernels.triton.decode_attention_kernels import combine_kernel, decode_attention_kernel
 from innerq_compile.kernels.triton.launch import Launch, code_constants, rows_contiguous, serves
-from innerq_compile.layout import LayerState
+from innerq_compile.numerics.arguments import check_decode_attention
+from innerq_compile.numerics.config import BLOCK, InnerQConfig
+from innerq_compile.numerics.layout import LayerState
 
 CAUSAL, BOOLEAN, ADDITIVE = range(3)
 """Kinds of mask, as the kernel numbers them."""
@@ -41,7 +41,7 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
 
 
 def decode_attention(query: torch.Tensor, *args: Any, launch: Launch = run) -> torch.Tensor:
-    """See :func:`innerq_compile.reference.decode_attention`.
+    """See :func:`innerq_compile.numerics.reference.decode_attention`.
 
     Raises:
         ValueError: Query or mask do not fit the cache, or its buffers each other.

@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 
 from innerq_compile import ops
-from innerq_compile.arguments import check_dequantize_kv
-from innerq_compile.config import BLOCK
 from innerq_compile.kernels.triton.division import rounded_product
 from innerq_compile.kernels.triton.groups import dequantize_groups, load_zeros
 from innerq_compile.kernels.triton.launch import (
@@ -35,7 +33,9 @@ from innerq_compile.kernels.triton.places import (
     warps_of,
 )
 from innerq_compile.kernels.triton.tiles import load_fours, window_slot
-from innerq_compile.layout import PADS, QUANTIZED, SLOTS
+from innerq_compile.numerics.arguments import check_dequantize_kv
+from innerq_compile.numerics.config import BLOCK
+from innerq_compile.numerics.layout import PADS, QUANTIZED, SLOTS
 
 _SLOTS, _QUANTIZED, _PADS = tl.constexpr(SLOTS), tl.constexpr(QUANTIZED), tl.constexpr(PADS)
 
@@ -114,7 +114,7 @@ def dequantize_kv_kernel(
 
 
 def dequantize_kv(*args: Any, launch: Launch = run) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`innerq_compile.reference.dequantize_kv`.
+    """See :func:`innerq_compile.numerics.reference.dequantize_kv`.
 
     Raises:
         ValueError: The buffers of the cache do not fit each other.

@@ -1,9 +1,9 @@
 """Device functions for correctly rounded quotients: one reciprocal for many numbers instead of a division for each.
 
 An IEEE division is ten instructions and a branch on an NVIDIA GPU. Here a divisor is shared by a channel or by a group,
-so each number takes two or three, and the quotient is the one that :mod:`innerq_compile.quant` rounds, bit for bit.
-Every fused multiply-add is explicit: the compiler may not have the right to make them, and must not make others of a
-product that is meant to be rounded.
+so each number takes two or three, and the quotient is the one that :mod:`innerq_compile.numerics.quant` rounds, bit
+for bit. Every fused multiply-add is explicit: the compiler may not have the right to make them, and must not make
+others of a product that is meant to be rounded.
 
 What the proofs below rest on: the quotient of x, with 24 significant bits, and d, with p of them, never lies on the
 midpoint m between two neighbouring floats (m has 25 bits and is odd, so m * d has at least 25), and since x - m * d is

@@ -1,4 +1,4 @@
-"""Device functions between numbers and codes of whole groups, every rounding as :mod:`innerq_compile.quant` defines it.
+"""Device functions between numbers and codes of whole groups, rounded as :mod:`innerq_compile.numerics.quant` says.
 
 Bit for bit without any compiler option: quotients and roots round to nearest (:mod:`.division`), a product that a sum
 follows is exact (11 bits of a scale times 9 of a code), so fusing the two changes nothing, and sums halve their axis.

@@ -1,6 +1,7 @@
 """The key center and key norm of a row, fixed when its first block leaves the window: device functions and kernels.
 
-See :func:`innerq_compile.quant.key_center_and_norm`: both follow from the smallest and the largest key per channel.
+See :func:`innerq_compile.numerics.quant.key_center_and_norm`: both follow from the smallest and largest key of a
+channel.
 """
 
 from __future__ import annotations
@@ -8,11 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from innerq_compile.config import ROPE_PAIRS
 from innerq_compile.kernels.triton.blocks import load_tokens, plan_row
 from innerq_compile.kernels.triton.groups import is_finite
 from innerq_compile.kernels.triton.launch import SIZES
-from innerq_compile.quant import KEY_CENTER_MIN_TOKENS, KEY_NORM_EPS
+from innerq_compile.numerics.config import ROPE_PAIRS
+from innerq_compile.numerics.quant import KEY_CENTER_MIN_TOKENS, KEY_NORM_EPS
 
 _EPS = tl.constexpr(KEY_NORM_EPS)
 _CENTER_MIN_TOKENS = tl.constexpr(KEY_CENTER_MIN_TOKENS)

@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from innerq_compile.config import MODES, InnerQConfig, TensorQuantSpec
-from innerq_compile.layout import LayerState
+from innerq_compile.numerics.config import MODES, InnerQConfig, TensorQuantSpec
+from innerq_compile.numerics.layout import LayerState
 
 Launch: TypeAlias = Callable[..., None]
 """``launch(kernel, grid, *args, **options)``: runs a kernel, or records its call in a graph."""

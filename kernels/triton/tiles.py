@@ -1,8 +1,8 @@
 """Device functions that all kernels share: a row's counts, window slots, and tiles of packed codes.
 
-The byte map of a tile stands in :mod:`innerq_compile.layout`. Its bit fields follow the binary digits of the code's
-place, so a block of codes ``[32 * P, 32 * T]`` (P tiles along the outer axis, T along the inner one) is seen as eight
-axes::
+The byte map of a tile stands in :mod:`innerq_compile.numerics.layout`. Its bit fields follow the binary digits of the
+code's place, so a block of codes ``[32 * P, 32 * T]`` (P tiles along the outer axis, T along the inner one) is seen as
+eight axes::
 
     [P, half 2, row 16, T, a 2, b 2, c 2, i 4]      outer = 16 * half + row,   inner = 16 a + 8 b + 4 c + i
 
