@@ -1,4 +1,4 @@
-"""What is raised for a model that cannot decode from a quantized cache."""
+"""What is raised for a model that cannot be served: the one exception to catch, with a reason and a layer."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class TestReach:
 class TestOptions:
     def test_own_and_inductor_options_are_told_apart(self):
         own, inductor = backend.split_options({"exact": True, "triton.cudagraphs": False, "max-autotune": True})
-        assert own == {"fuse": True, "exact": True, "key_norm": "runtime", "static_cache": "base"}
+        assert own == {"fuse": True, "exact": True, "key_norm": "runtime", "static_cache": "base", "fold_id": 0}
         assert inductor == {"triton.cudagraphs": False, "max_autotune": True}
 
     def test_unknown_option_is_refused_by_name(self):

@@ -119,9 +119,6 @@ def test_links_lead_somewhere(path):
 
 
 @every_document
-@pytest.mark.skipif(
-    not (ROOT / "innerq_compile" / "numerics").is_dir(), reason="they describe the layout with one folder a subject"
-)
 def test_files_that_are_named_exist(path):
     named = re.findall(r"`((?:innerq_compile|passes|kernels|tests|benchmarks|examples|docs)/[\w./-]*)`", prose(path))
     assert not [name for name in named if not (ROOT / name).exists()]

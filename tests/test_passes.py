@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 from innerq_compile import ops
+from innerq_compile.numerics import reference
 from innerq_compile.numerics.config import InnerQConfig
 from innerq_compile.numerics.layout import LayerState, allocate_state
 from innerq_compile.passes.decode import run_passes
@@ -462,8 +463,8 @@ def test_spelled_out_attention_in_16_bit_is_fused():
     captured = Captured(eager_llama, (query, key, value, mask, state))
     assert captured.report.rewritten == 1 and captured.got.dtype == torch.bfloat16
     # The spelled out steps round scores and weights to bfloat16, the fused op only its result.
-    exact = ops.DEFAULTS["decode_attention"](
-        query.double(), *captured.plain_arguments[-1], mask, 0.2, CAPACITY, CONFIG.spec
+    exact = reference.decode_attention(
+        query.double(), captured.plain_arguments[-1], mask, 0.2, CONFIG, CAPACITY, torch.float64
     )
     fused, spelled = ((x.double() - exact).abs().max() for x in (captured.got, captured.expected))
     assert fused <= spelled

@@ -87,7 +87,8 @@ def _measure(section: Section, case: Case, reader: tuple[int, int, int], flex: b
         with section.attempt(**case._asdict(), way=preset):
             config = InnerQConfig.from_preset(preset)
             state = random_state(config, *case[3:4], *case[1:3], case.context, section.device, section.dtype)
-            arguments = (query, *state, None, case.head_dim**-0.5, case.context + SPARE, config.spec)
+            # In a dry run without rounding: a CPU's kernels round to integers, which this budget is not for.
+            arguments = (query, *state, None, case.head_dim**-0.5, case.context + SPARE, config.spec, section.dry)
             calls[preset] = functools.partial(ops.decode_attention, *arguments)
             sizes[preset] = held_bytes(state, config, case.context)
             checks[preset] = _check(case, calls[preset](), query, *_dequantized(state, config, case))

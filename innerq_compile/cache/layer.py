@@ -41,6 +41,7 @@ class InnerQLayer(CacheLayerMixin):
     """
 
     is_compileable = True
+    is_packed = True
     is_sliding = False
     is_croppable = True
 

@@ -17,9 +17,6 @@ from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers.cache_utils import CacheLayerMixin
-
-from innerq_compile.cache.layer import InnerQLayer
 
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -32,13 +29,18 @@ def register(cache: Any) -> None:
     _live.add(cache)
 
 
+def is_packed(layer: Any) -> bool:
+    """Whether a layer is an :class:`~innerq_compile.cache.layer.InnerQLayer`, asked without importing transformers."""
+    return bool(getattr(layer, "is_packed", False))
+
+
 def keeps_in_16_bits(buffer: torch.Tensor) -> bool:
     """Whether a tensor holds the keys or values of a layer that an ``InnerQCache`` decided not to quantize."""
     return any(
         buffer is getattr(layer, "keys", None) or buffer is getattr(layer, "values", None)
         for cache in list(_live)
         for layer in getattr(cache, "layers", ())
-        if not isinstance(layer, InnerQLayer)
+        if not is_packed(layer)
     )
 
 
@@ -49,7 +51,7 @@ def filled_caches(num_kv_heads: int, head_dim: int) -> int:
         return sum(any(holds(layer) for layer in getattr(cache, "layers", ())) for cache in list(_live))
 
     def holds(layer: Any) -> bool:
-        if not isinstance(layer, InnerQLayer) or layer.is_empty:
+        if not is_packed(layer) or layer.is_empty:
             return False
         return (layer.num_heads, layer.head_dim) == (num_kv_heads, head_dim)
 
@@ -89,6 +91,8 @@ def weights_changed(config: Any, what: str, now: int) -> None:
         what: What was called, for the user to read.
         now: A token for the weights that are in the model now.
     """
+    from innerq_compile.cache.refusing import RefusingLayer  # here: the backend imports this file without transformers
+
     before = weights_of(config)
     if now == before:
         return
@@ -114,35 +118,9 @@ def _text(config: Any) -> Any:
 
 def _holds_tokens(cache: Any) -> bool:
     for layer in cache.layers:
-        if isinstance(layer, InnerQLayer):
+        if is_packed(layer):
             if not layer.is_empty:
                 return True
         elif getattr(layer, "keys", None) is not None and int(layer.get_seq_length()) > 0:
             return True
     return False
-
-
-class RefusingLayer(CacheLayerMixin):
-    """Stands for a layer whose keys belong to other weights than the model's: whatever it is asked for, it says so."""
-
-    is_compileable = True
-    is_croppable = True
-    is_sliding = False
-
-    def __init__(self, what: str) -> None:
-        super().__init__()
-        self.what = what
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        _refuse(self.what)
-
-    lazy_initialization = update = get_mask_sizes = get_seq_length = get_max_length = get_max_cache_shape = _refuse
-    crop = reorder_cache = batch_repeat_interleave = batch_select_indices = offload = prefetch = _refuse
-
-
-@torch.compiler.assume_constant_result  # raises while a step is traced, so that nothing half-traced is kept of it
-def _refuse(what: str) -> None:
-    raise RuntimeError(
-        f"this InnerQCache was filled before {what} changed the model's weights: its keys fit the old ones. Call "
-        "reset() on it, or use a new cache, and run the prompt again; a fold that is undone gives it back"
-    )

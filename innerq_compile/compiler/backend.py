@@ -152,7 +152,7 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     unknown = sorted(set(inductor) - pytorch.inductor_options()) if inductor else []
     if unknown:
         raise ValueError(
-            f"unknown options {unknown} for backend 'innerq'; its own are {sorted(OWN_OPTIONS)}, all others must be "
+            f"unknown options {unknown} for backend 'innerq'; its own are {sorted(CHOICES)}, all others must be "
             "keys of torch._inductor.config"
         )
     return own, inductor

@@ -14,13 +14,21 @@ from torch import fx
 
 from innerq_compile.passes.graph import SAME, base_name, graph_order, value_of
 from innerq_compile.passes.key_norm.traced_graph import ACTIVATION, PARAMETER, TracedGraph
+from innerq_compile.refused import Refused
 
 CASTS = frozenset({*SAME, "float", "half", "bfloat16", "double", "type_as"}) - {"expand", "slice"}
 TURNS = frozenset({"t", "transpose", "permute", "numpy_T", "mT", "T"})
 
 
-class FoldRefused(ValueError):  # noqa: N818  a refusal is an answer of this pass, and the caller shows it as one
+class FoldRefused(Refused):
     """Why a key norm cannot be folded into a model; the model is as it was."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("", reason)
+
+    def __str__(self) -> str:
+        """The reason alone."""
+        return self.reason
 
 
 @dataclasses.dataclass(frozen=True)
