@@ -650,7 +650,8 @@ def test_an_unsupported_cache_has_a_reason_and_runs_on_the_reference(load_kernel
 FRESH_PROCESS = """
 import warnings
 import torch
-from innerq_compile import ops, reference
+from innerq_compile import ops
+from innerq_compile.numerics import reference
 from innerq_compile.numerics.config import InnerQConfig
 from innerq_compile.kernels import cpu
 from innerq_compile.numerics.layout import allocate_state

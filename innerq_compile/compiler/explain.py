@@ -59,7 +59,9 @@ def explain(
     if past_key_values is None:
         try:
             refuse_unsupported(model)
-            self_check(model, functools.partial(InnerQCache, model.config, preset=preset, **overrides))
+            make_cache = functools.partial(InnerQCache, model.config, preset=preset, **overrides)
+            make_cache()  # bad settings are the caller's fault and not the model's
+            self_check(model, make_cache)
         except Refused as refusal:
             return Report(note=f"enable() refuses this model: {refusal}")
     if input_ids is None:
