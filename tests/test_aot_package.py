@@ -61,6 +61,7 @@ def prompted(tiny_config, make_model):
     return Step(model, cache), token, [list(layer.state) for layer in cache.layers]
 
 
+@pytest.mark.long
 def test_a_package_decodes_the_model_s_tokens_and_moves_the_cache_on(prompted, package_path):
     step, token, states = prompted
     eager, packaged = copies(states), copies(states)
@@ -81,6 +82,7 @@ def test_a_package_decodes_the_model_s_tokens_and_moves_the_cache_on(prompted, p
     assert packaged[0][-1][0, QUANTIZED] == 32
 
 
+@pytest.mark.long
 def test_a_package_says_which_ops_are_missing_where_this_project_is_not_imported(package_path):
     """On a CPU it calls ops, and the cache that it works on comes from InnerQCache anyway."""
     program = f"import torch; torch._inductor.aoti_load_package({package_path!r})"

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKENS = 256
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_decode_attention_measures_rivals_or_says_what_is_missing(tmp_path):
     out = tmp_path / "result.json"
@@ -67,6 +68,7 @@ def run_gpu(*arguments):
     return subprocess.run([sys.executable, str(GPU), *arguments], capture_output=True, text=True, timeout=900)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_dry_run_of_the_gpu_benchmark_ends_and_its_tables_render(gpu, tmp_path):
     """Every section but correctness, whose tests run here anyway."""

@@ -64,6 +64,7 @@ def test_a_bad_preset_is_one_line_and_exit_code_2(arguments):
     assert "preset must be one of base, small" in result.output and "Traceback" not in result.output
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_demo_measures_every_cache_and_shows_what_it_wrote():
     arguments = ("demo", "--preset", "base", "--prompt-tokens", 1024, "--measured-tokens", 16, "--json")

@@ -687,6 +687,7 @@ def test_without_a_working_compiler_the_reference_runs_after_one_warning(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_two_processes_that_build_at_once_get_one_library(load_kernels, tmp_path):
     # Counts compilations; -O0 halves the time they take.
     compiler, log, command = tmp_path / "c++", tmp_path / "log", " ".join(build.find_compiler())

@@ -46,6 +46,7 @@ def prose(path: Path) -> str:
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if blocks(path, "python")], ids=name_of)
 def test_python_blocks_run_one_after_another(path):

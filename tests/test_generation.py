@@ -151,6 +151,7 @@ class TestExplain:
         report = explain(make_model(tiny_config))
         assert (report.rewritten, report.refused) == (2, 0)
 
+    @pytest.mark.long
     def test_names_the_line_to_change_for_flex_attention(self, tiny_config, make_model):
         tiny_config._attn_implementation = "flex_attention"
         report = explain(make_model(tiny_config))

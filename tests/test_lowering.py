@@ -15,7 +15,10 @@ import torch
 from innerq_compile.numerics.layout import LayerState
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs the code itself")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs the code itself"),
+]
 
 WORKER = Path(__file__).with_name("lowering_worker.py")
 LAYERS, CAPACITY = 2, 4096

@@ -168,6 +168,7 @@ def test_other_caches_and_other_models_are_not_disturbed(model):
     assert torch.equal(generate(model, ids, mask, new_cache(model, recent=400))[:, :4], expected[:, -4:])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(not backend.cpp_compiler_works(), reason="needs a C++ compiler")
 def test_compiled_generation_of_padded_rows(model):

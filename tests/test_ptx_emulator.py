@@ -340,6 +340,7 @@ def test_what_is_not_known_is_refused():
             execute(body, torch.zeros(1, dtype=torch.int32))
 
 
+@pytest.mark.long
 def test_compiled_kernels_agree_with_the_reference():
     """A prefill, a step that flushes, dequantization, and attention, in a process without Triton's interpreter."""
     pytest.importorskip("triton")

@@ -22,6 +22,7 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
+@pytest.mark.long
 @needs_gloo
 @pytest.mark.slow
 def test_ranks_hold_their_own_heads_and_generate_what_one_process_does(tiny_config, make_model, tmp_path):

@@ -44,6 +44,7 @@ def run_compiler(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long
 def test_kernels_compile_for_every_target_without_spills():
     done = run_compiler("-c", COMPILE_EVERYWHERE, str(SCRIPT.parent))
     assert done.returncode == 0, done.stderr
