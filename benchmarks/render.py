@@ -23,6 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "README.md")
 DECODE = RESULTS / "intel-xeon-processor-2-threads.json"
 GENERATE = RESULTS / "generate-llama-1b-intel-xeon-processor-2-threads.json"
+REAL_MODEL = RESULTS / "real-model-smollm2-intel-xeon-processor-2-threads.json"
 PLOT = RESULTS / "decode-attention.png"
 
 OURS = ("int4", "base", "small")
@@ -62,6 +63,30 @@ def fastest(result: dict, shape: str, context: int, quantized: bool) -> tuple[st
     taken = times(result)[shape, context]
     some = [(ms, name) for name, ms in taken.items() if name in bits and (bits[name] < 16) == quantized]
     return min(some)[::-1] if some else None
+
+
+def real_model() -> str:
+    """A pretrained model: what each preset costs on every text, and what it saves."""
+    result = load(REAL_MODEL)
+    full = result["speed"]["full precision"]
+    qualities = result["quality"]
+    rows = []
+    for name, speed in result["speed"].items():
+        found = [quality["rows"].get(name) for quality in qualities]
+        first = found[0] or {"bits": 16.0}
+        row = [name, f"{first['bits']:.2f}", f"{speed['bytes'] / 1e6:.1f}", f"{full['bytes'] / speed['bytes']:.1f}x"]
+        row += [f"{speed['ms']:.0f}"]
+        for each in found:
+            row += [""] * 3 if each is None else [
+                f"{each['kl']:.4f} ± {each['kl_error']:.4f}",
+                f"{100 * each['perplexity_change']:+.1f} %",
+                f"{100 * each['agreement']:.1f} %",
+            ]  # fmt: skip
+        rows.append(row)
+    headers = ["cache", "bits", "MB", "smaller", "ms a token"]
+    for quality in qualities:
+        headers += [f"KL, {quality['text']}", "perplexity", "same choice"]
+    return f"{table(rows, headers)}\n\n{conditions(result)}"
 
 
 def decode_attention() -> str:
@@ -206,6 +231,7 @@ def key_norm() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
+    "real-model": real_model,
     "decode-attention": decode_attention,
     "generate": generate,
     "rivals": rivals,
