@@ -112,7 +112,7 @@ def overflow_error(length: int, num_new: int, capacity: int, layer: str = "") ->
     if length == 0:
         return RuntimeError(
             f"{where}InnerQ cache is too small: a prompt of {num_new} tokens does not fit its capacity of {capacity}; "
-            "build the cache with a larger max_cache_len"
+            f"call cache.reserve({num_new}) before, or build the cache with a larger max_cache_len"
         )
     return RuntimeError(
         f"{where}InnerQ cache is full: it holds {length} tokens, {num_new} more do not fit its capacity of {capacity}; "

@@ -329,8 +329,7 @@ class InnerQCache(Cache):
         if not any(self._is_allocated(index) for index in range(len(self.layers))):
             self._resize(max(self._capacity, first_capacity(num_new)))
         elif not torch.compiler.is_compiling():
-            self._check_nothing_lost()
-            needed = self.num_tokens() + num_new
+            needed = (self._check_nothing_lost() or self.num_tokens()) + num_new
             if needed > self._capacity:
                 self._resize(grown_capacity(self._capacity, needed))
 
@@ -361,11 +360,10 @@ class InnerQCache(Cache):
         if state is not None:
             check_room(state.counts, num_new, capacity, name)
 
-    def _check_nothing_lost(self) -> None:
-        """Waits for the device."""
+    def _check_nothing_lost(self) -> int:
+        """Slots taken in the first quantized layer, 0 where there is none. Waits for the device."""
         state, capacity, name = self._first_state()
-        if state is not None:
-            check_nothing_lost(state.counts, capacity, name)
+        return 0 if state is None else check_nothing_lost(state.counts, capacity, name)
 
     def _first_state(self) -> tuple[LayerState | None, int, str]:
         """Buffers, capacity and name of the first quantized layer."""

@@ -112,11 +112,7 @@ class InnerQLayer(CacheLayerMixin):
         num_new = key_states.shape[2]
         if self.is_empty:
             if num_new > self.capacity:
-                raise RuntimeError(
-                    f"InnerQ cache is too small: a prompt of {num_new} tokens does not fit its capacity of "
-                    f"{self.capacity}; call cache.reserve({num_new}) before, or build the cache with a larger "
-                    "max_cache_len"
-                )
+                raise ops.overflow_error(0, num_new, self.capacity)
             if self.batch_size > 1 and not self.padding_is_known:
                 _tell_once_that_padding_is_unknown()
             if self._first_pads is not None:
