@@ -421,6 +421,16 @@ def test_a_float32_query_keys_or_window_beside_a_bfloat16_cache_are_refused(load
         kernels.decode_attention(query, *mixed, None, 1.0, CAPACITY, config.spec)
 
 
+def every_op(kernels, config, state, capacity):
+    """A call of each op over a state of two rows, two heads and head_dim 64."""
+    x, query = torch.randn(2, 2, 1, 64), torch.randn(2, 4, 1, 64)
+    return (
+        lambda: kernels.append_kv(x, x, *state, capacity, config.spec),
+        lambda: kernels.dequantize_kv(*state, capacity, config.spec),
+        lambda: kernels.decode_attention(query, *state, None, 1.0, capacity, config.spec),
+    )
+
+
 @pytest.mark.parametrize("column", ["slots", "quantized", "pads"])
 @pytest.mark.parametrize("count", [-1, -(2**40), 2**40, 2**63 - 1, 10_016, 320])
 def test_counts_that_no_cache_can_have_are_refused(load_kernels, column, count):
@@ -428,12 +438,7 @@ def test_counts_that_no_cache_can_have_are_refused(load_kernels, column, count):
     state = filled_state(kernels, config, 300)
     state.counts[1, ("slots", "quantized", "pads").index(column)] = count
     before = copy_of(state)
-    x, query = torch.randn(2, 2, 1, 64), torch.randn(2, 4, 1, 64)
-    for call in (
-        lambda: kernels.append_kv(x, x, *state, CAPACITY, config.spec),
-        lambda: kernels.dequantize_kv(*state, CAPACITY, config.spec),
-        lambda: kernels.decode_attention(query, *state, None, 1.0, CAPACITY, config.spec),
-    ):
+    for call in every_op(kernels, config, state, CAPACITY):
         with pytest.raises(ValueError, match=r"counts of row 1 must be \(slots, quantized, pads\)"):
             call()
     assert_same_bytes(state, before)
@@ -443,12 +448,7 @@ def test_counts_that_no_cache_can_have_are_refused(load_kernels, column, count):
 def test_a_capacity_that_the_buffers_do_not_have_is_refused(load_kernels, capacity):
     kernels, config = load_kernels(), InnerQConfig()
     state = filled_state(kernels, config, 100)
-    x, query = torch.randn(2, 2, 1, 64), torch.randn(2, 4, 1, 64)
-    for call in (
-        lambda: kernels.append_kv(x, x, *state, capacity, config.spec),
-        lambda: kernels.dequantize_kv(*state, capacity, config.spec),
-        lambda: kernels.decode_attention(query, *state, None, 1.0, capacity, config.spec),
-    ):
+    for call in every_op(kernels, config, state, capacity):
         with pytest.raises(ValueError, match=f"capacity must be positive .* got {capacity}"):
             call()
 
